@@ -1,0 +1,10 @@
+"""People and sign-in."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
+
+
+class AccountsConfig(AppConfig):
+    name = "studio.accounts"
+    label = "accounts"

@@ -1,0 +1,86 @@
+"""Strict getters for settings that come from the environment.
+
+Knows nothing of Django's settings. A bad value raises `ImproperlyConfigured` with the name of the
+variable, what was found and what is allowed; a secret may also be given as a file (`NAME_FILE`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from django.core.exceptions import ImproperlyConfigured
+
+TRUE = {"1", "true", "yes", "on"}
+FALSE = {"0", "false", "no", "off"}
+
+# Every variable that a getter below was asked for; `reject_unknown` compares the environment with it.
+_known: set[str] = set()
+
+
+def env_str(name: str, default: str = "") -> str:
+    _known.add(name)
+    return os.environ.get(name, default)
+
+
+def env_bool(name: str, default: bool) -> bool:
+    _known.add(name)
+    raw = os.environ.get(name)
+    if raw is None:
+        return default
+    if raw.strip().lower() in TRUE:
+        return True
+    if raw.strip().lower() in FALSE:
+        return False
+    raise ImproperlyConfigured(f"{name}={raw!r} is not a yes or a no. Use 1 or 0, or unset it for {int(default)}.")
+
+
+def env_int(name: str, default: int, *, low: int, high: int) -> int:
+    _known.add(name)
+    raw = os.environ.get(name)
+    if raw is None:
+        return default
+    try:
+        value = int(raw)
+    except ValueError:
+        raise ImproperlyConfigured(
+            f"{name}={raw!r} is not a whole number. Use one from {low} to {high}, or unset it for {default}."
+        ) from None
+    if not low <= value <= high:
+        raise ImproperlyConfigured(f"{name}={value} is out of range. Use a number from {low} to {high}.")
+    return value
+
+
+def env_list(name: str, default: str = "") -> list[str]:
+    return [part.strip() for part in env_str(name, default).split(",") if part.strip()]
+
+
+def env_path(name: str, default: Path) -> Path:
+    raw = env_str(name)
+    path = Path(raw).expanduser() if raw else default
+    if path.exists() and not path.is_dir():
+        raise ImproperlyConfigured(f"{name}={raw!r} is a file, not a folder. Name a folder, or unset it for {default}.")
+    return path.resolve()
+
+
+def env_secret(name: str) -> str:
+    """The variable itself, or the content of the file that `NAME_FILE` names."""
+    _known.add(f"{name}_FILE")
+    file_name = os.environ.get(f"{name}_FILE")
+    if file_name is None:
+        return env_str(name)
+    _known.add(name)
+    try:
+        return Path(file_name).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ImproperlyConfigured(
+            f"{name}_FILE={file_name!r} cannot be read ({error.strerror}). Check the path and its rights."
+        ) from None
+
+
+def reject_unknown(prefix: str = "STUDIO_") -> None:
+    """Refuse to start with a variable nobody reads: it is nearly always a misspelt one."""
+    unknown = sorted(name for name in os.environ if name.startswith(prefix) and name not in _known)
+    if unknown:
+        known = ", ".join(sorted(name for name in _known if name.startswith(prefix)))
+        raise ImproperlyConfigured(f"Unknown setting {', '.join(unknown)}. Known ones are: {known}. See .env.example.")

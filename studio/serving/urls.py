@@ -1,0 +1,8 @@
+"""Addresses of this part."""
+
+from __future__ import annotations
+
+from django.urls import URLPattern, URLResolver
+
+app_name = "serving"
+urlpatterns: list[URLPattern | URLResolver] = []

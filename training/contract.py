@@ -1,0 +1,258 @@
+"""What the studio and the engine say to each other: a run directory, its files, its events, its exit codes.
+
+Standard library only; imported by both sides. The engine (`python -m training.engine train RUN_DIR`) reads
+`config.json`, appends to `events.jsonl` and `engine.log`, writes `checkpoints/step-000200/`, `adapter/` and
+at the very end `result.json`. A file `stop` asks it to stop at the next step, evaluate, and keep what it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+# --- names inside a run directory -----------------------------------------------------------------
+CONFIG_FILE = "config.json"
+EVENTS_FILE = "events.jsonl"
+LOG_FILE = "engine.log"
+RESULT_FILE = "result.json"
+STOP_FILE = "stop"
+CHECKPOINTS_DIR = "checkpoints"
+ADAPTER_DIR = "adapter"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+class ExitCode(enum.IntEnum):
+    """How the engine ended. Anything else (a signal, 1) is a crash whose log is kept."""
+
+    OK = 0  # result.json says succeeded or stopped
+    REFUSED = 2  # the input cannot work; result.json has the sentence and the next step; never retried
+    OUT_OF_MEMORY = 42
+    DIVERGED = 43  # NaN or Inf three updates in a row
+    DISK_FULL = 44
+    INTERRUPTED = 75  # SIGTERM: a checkpoint was written; run again to continue
+
+
+# --- metric keys: the same string in the database, in JSON, on a chart and in the docs --------------
+class Metric:
+    """Keys of a metrics event. Evaluation uses the same keys with the prefix `eval_`."""
+
+    LOSS = "loss"  # mean over the pairs of the step
+    REWARDS_CHOSEN = "rewards/chosen"  # beta * (policy logps - reference logps), mean over pairs
+    REWARDS_REJECTED = "rewards/rejected"
+    REWARDS_MARGINS = "rewards/margins"  # chosen - rejected
+    REWARDS_ACCURACIES = "rewards/accuracies"  # share of pairs with margin > 0 (shown as "DPO accuracy")
+    LOGPS_CHOSEN = "logps/chosen"  # summed over completion tokens, mean over pairs, nats
+    LOGPS_REJECTED = "logps/rejected"
+    KL = "kl"  # nats per completion token; exact over the vocabulary at evaluation, a sampled estimate in training
+    GRAD_NORM = "grad_norm"  # before clipping
+    LEARNING_RATE = "learning_rate"
+    EPOCH = "epoch"  # fraction of passes done
+    NUM_TOKENS = "num_tokens"  # tokens processed so far, no padding
+    TOKENS_PER_SECOND = "tokens_per_second"
+
+
+EVAL_PREFIX = "eval_"
+Split = Literal["train", "eval"]
+
+# --- phases, in the order a run meets them ----------------------------------------------------------
+PHASES: dict[str, str] = {
+    "starting": "Starting",
+    "loading_model": "Loading model",
+    "preparing_data": "Preparing data",
+    "reference": "Reference pass",
+    "training": "Training",
+    "evaluating": "Evaluating",
+    "saving": "Saving",
+}
+
+
+# --- events: one JSON object a line in events.jsonl ---------------------------------------------------
+class PhaseEvent(TypedDict):
+    """Where the run is. `done` and `total` count `unit` ("pairs", "steps"); total 0 = not countable."""
+
+    type: Literal["phase"]
+    time: float
+    phase: str
+    done: int
+    total: int
+    unit: str
+
+
+class PlanEvent(TypedDict):
+    """Said once after the data is prepared: what this run will do, and what happened to the pairs."""
+
+    type: Literal["plan"]
+    time: float
+    total_steps: int
+    num_train_pairs: int
+    num_eval_pairs: int
+    num_truncated: int
+    num_dropped: int
+    device: str
+    dtype: str
+    reference: str  # a sentence: which model the reference is
+
+
+class MetricsEvent(TypedDict):
+    """Values are finite numbers or null (a NaN in JSON would break the page)."""
+
+    type: Literal["metrics"]
+    time: float
+    split: Split
+    step: int
+    values: dict[str, float | None]
+
+
+class CheckpointEvent(TypedDict):
+    """A checkpoint is complete, renamed into place and verified. `path` is relative to the run directory."""
+
+    type: Literal["checkpoint"]
+    time: float
+    step: int
+    path: str
+
+
+class LogEvent(TypedDict):
+    """A sentence for the person who watches the run."""
+
+    type: Literal["log"]
+    time: float
+    level: Literal["info", "warning", "error"]
+    text: str
+
+
+Event = PhaseEvent | PlanEvent | MetricsEvent | CheckpointEvent | LogEvent
+
+
+class Result(TypedDict, total=False):
+    """`result.json`: written last, atomically. Present means: the engine decided how the run ended."""
+
+    status: Literal["succeeded", "stopped", "failed", "interrupted"]
+    error: str  # one sentence, when failed
+    next_step: str  # what the person can do about it
+    step: int
+    total_steps: int
+    seconds: float
+    num_tokens: int
+    metrics: dict[str, float | None]  # last evaluation and last training step
+    initial_metrics: dict[str, float | None]  # evaluation before step 1
+    adapter_sha256: str
+    adapter_bytes: int
+    num_trainable_parameters: int
+    versions: dict[str, str]
+    config: dict[str, Any]
+
+
+# --- the configuration of a run -------------------------------------------------------------------------
+class ConfigError(ValueError):
+    """The configuration cannot be run. The message is a sentence with what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything the engine needs to know. Paths are absolute; data files hold canonical pairs, one a line:
+
+    `{"id": str, "prompt": [message…], "chosen": [message…], "rejected": [message…]}` with
+    `message = {"role": "system"|"user"|"assistant"|"tool", "content": str}`; chosen and rejected do not
+    repeat the prompt.
+    """
+
+    run_id: str
+    model_path: str  # a folder with config.json, safetensors and a tokenizer
+    train_path: str
+    eval_path: str = ""  # "" = no validation
+    adapter_path: str = ""  # start from this adapter; the reference is then base + this adapter
+    base_model_name: str = ""  # for adapter_config.json and the model card
+    reference_cache_dir: str = ""  # "" = no cache beyond this run
+    resume_from: str = ""  # a verified checkpoint directory of an earlier attempt
+
+    method: str = "dpo"
+    loss_type: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 2
+    gradient_accumulation_steps: int = 8
+    learning_rate: float = 5e-6
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 1024
+    seed: int = 42
+    max_steps: int = 0  # 0 = as many as the epochs give; a positive number ends the run there
+
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    target_modules: tuple[str, ...] = ()  # () = all linear layers except the head
+
+    eval_steps: int = 0  # 0 = only before step 1 and at the end
+    save_steps: int = 50
+    save_seconds: float = 300.0
+    device: str = "auto"  # auto | cpu | cuda
+    dtype: str = "auto"  # auto | float32 | bfloat16
+    gradient_checkpointing: str = "auto"  # auto | on | off
+
+    def __post_init__(self) -> None:
+        positive = (
+            "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "learning_rate", "beta", "max_length", "lora_r", "lora_alpha", "save_steps",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a number above 0, found {value!r}.")
+        for name, low, high in (
+            ("warmup_ratio", 0.0, 1.0), ("lora_dropout", 0.0, 0.95), ("label_smoothing", 0.0, 0.49),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} must be from {low} to {high}, found {getattr(self, name)!r}.")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> RunConfig:
+        """Raises `ConfigError` for an unknown or missing key, so that a misspelt setting is never ignored."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - names)
+        if unknown:
+            raise ConfigError(f"Unknown settings in {CONFIG_FILE}: {', '.join(unknown)}.")
+        values = dict(data)
+        if "target_modules" in values:
+            values["target_modules"] = tuple(values["target_modules"])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"{CONFIG_FILE} is not complete: {error}.") from None
+
+    @classmethod
+    def load(cls, run_dir: Path) -> RunConfig:
+        try:
+            data = json.loads((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{CONFIG_FILE} cannot be read: {error}.") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{CONFIG_FILE} must hold one JSON object.")
+        return cls.from_mapping(data)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
