@@ -1,0 +1,55 @@
+"""Two people, a data directory of one's own, and no way out to the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.contrib.auth import get_user_model
+from django.test import Client
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, settings: Any) -> Path:
+    """Point every folder of the studio into this test's own temporary directory."""
+    for name, folder in (
+        ("DATASETS_DIR", "datasets"),
+        ("RUNS_DIR", "runs"),
+        ("BASE_MODELS_DIR", "base_models"),
+        ("MODELS_DIR", "models"),
+        ("LOGS_DIR", "logs"),
+        ("FILE_UPLOAD_TEMP_DIR", "uploads"),
+    ):
+        path = tmp_path / "data" / folder
+        path.mkdir(parents=True)
+        setattr(settings, name, path)
+    settings.DATA_DIR = tmp_path / "data"
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def alice(db: None) -> Any:
+    """Owns what the test makes."""
+    return get_user_model().objects.create_user("alice", password="correct horse battery")
+
+
+@pytest.fixture
+def mallory(db: None) -> Any:
+    """Signed in, and a stranger to everything of alice's."""
+    return get_user_model().objects.create_user("mallory", password="correct horse battery")
+
+
+@pytest.fixture
+def alice_client(alice: Any) -> Iterator[Client]:
+    client = Client()
+    client.force_login(alice)
+    yield client
+
+
+@pytest.fixture
+def mallory_client(mallory: Any) -> Iterator[Client]:
+    client = Client()
+    client.force_login(mallory)
+    yield client
