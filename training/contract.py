@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,10 @@ RESULT_FILE = "result.json"
 STOP_FILE = "stop"
 CHECKPOINTS_DIR = "checkpoints"
 ADAPTER_DIR = "adapter"
+
+# --- names inside a checkpoint directory -------------------------------------------------------------
+MANIFEST_FILE = "MANIFEST.json"
+CHECKPOINT_FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
 
 def checkpoint_name(step: int) -> str:
@@ -256,3 +261,44 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over every key of the manifest but `seal` itself: a flipped bit in it is found too."""
+    body = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The sealed manifest of a checkpoint directory; its files are not looked at. `ValueError` says what is wrong."""
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.name} has no readable {MANIFEST_FILE}: {error}.") from None
+    if not isinstance(manifest, dict) or manifest.get("seal") != manifest_seal(manifest):
+        raise ValueError(f"{MANIFEST_FILE} of {path.name} is damaged.")
+    return manifest
+
+
+def verify_checkpoint(path: Path) -> int:
+    """The step of a checkpoint whose every byte is as it was written. `ValueError` names the first thing wrong."""
+    manifest = read_manifest(path)
+    files = manifest["files"]
+    missing = [name for name in CHECKPOINT_FILES if name not in files]
+    if missing:
+        raise ValueError(f"{path.name} was written without {', '.join(missing)}.")
+    for name, facts in files.items():
+        file = path / name
+        try:
+            if file.stat().st_size != facts["size"]:
+                raise ValueError(f"{name} of {path.name} has another size than when it was written.")
+            if file_sha256(file) != facts["sha256"]:
+                raise ValueError(f"{name} of {path.name} has other bytes than when it was written.")
+        except OSError as error:
+            raise ValueError(f"{name} of {path.name} cannot be read: {error.strerror}.") from None
+    return int(manifest["step"])
