@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import secrets
+import socket
+import sys
 from importlib.metadata import version as package_version
 from importlib.util import find_spec
 from pathlib import Path
@@ -155,6 +157,8 @@ CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
 CELERY_TASK_ROUTES = {"training.*": {"queue": "gpu"}, "datasets.*": {"queue": "default"}, "models.*": {"queue": "default"}}
 CELERY_TASK_DEFAULT_QUEUE = "default"
+CELERY_WORKER_HIJACK_ROOT_LOGGER = False  # LOGGING below speaks for the workers too
+CELERY_WORKER_REDIRECT_STDOUTS = False
 if CELERY_BROKER_URL != "memory://":
     CELERY_BROKER_TRANSPORT_OPTIONS = {
         "visibility_timeout": 3600,
@@ -163,6 +167,12 @@ if CELERY_BROKER_URL != "memory://":
         "health_check_interval": 25,
         "socket_timeout": 30,
     }
+
+# Two workers under one name on one machine share its slots; machines with equal host names need one each.
+WORKER_NAME = env_str("STUDIO_WORKER_NAME", socket.gethostname())
+ENGINE_COMMAND = [sys.executable, "-m", "training.engine", "train"]  # the run directory is appended
+ENGINE_ENV: dict[str, str] = {}  # added to the explicit list that the engine gets
+WORKER_TIMES: dict[str, float] = {}  # overrides of training.worker.timing.Times
 
 CHANNEL_LAYERS: dict[str, Any] = (
     {"default": {"BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer", "CONFIG": {"hosts": [LAYER_URL]}}}

@@ -172,6 +172,8 @@ class Run(models.Model):
     pid = models.PositiveIntegerField(default=0)  # of the supervisor
     pid_created = models.FloatField(default=0.0)  # a pid alone may belong to a stranger after a reboot
     engine_pid = models.PositiveIntegerField(default=0)
+    engine_created = models.FloatField(default=0.0)
+    events_offset = models.PositiveBigIntegerField(default=0)  # bytes of events.jsonl that are rows already
     device = models.CharField(max_length=100, blank=True, default="")  # "cpu", or the GPU's uuid
     started = models.DateTimeField(auto_now_add=True)
     ended = models.DateTimeField(null=True, blank=True)
@@ -240,7 +242,7 @@ class Checkpoint(models.Model):
     task = models.ForeignKey(TrainingTask, on_delete=models.CASCADE, related_name="checkpoints")
     epoch = models.PositiveIntegerField()
     step = models.PositiveIntegerField()
-    path = models.CharField(max_length=1000)
+    path = models.CharField(max_length=1000)  # below the task's folder, so that a data directory may be moved
     created = models.DateTimeField(auto_now_add=True)
 
     class Meta:
@@ -249,6 +251,10 @@ class Checkpoint(models.Model):
 
     def __str__(self) -> str:
         return f"{self.task_id} step {self.step}"
+
+    @property
+    def folder(self) -> Path:
+        return self.task.folder / self.path
 
 
 class WorkerHost(models.Model):
