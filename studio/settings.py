@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import secrets
 import socket
@@ -17,14 +19,25 @@ from typing import Any
 import dj_database_url
 from csp.constants import NONE, SELF
 
-from studio.env import env_bool, env_int, env_list, env_path, env_secret, env_str, reject_unknown
+from studio.env import (
+    env_bool,
+    env_choice,
+    env_file,
+    env_int,
+    env_list,
+    env_path,
+    env_secret,
+    env_str,
+    reject_unknown,
+)
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 VERSION = re.search(r"^## (\S+)", (BASE_DIR / "CHANGELOG.md").read_text(encoding="utf-8"), re.M).group(1)  # type: ignore[union-attr]
 
+env_file("STUDIO_ENV_FILE", BASE_DIR / ".env")
+
 # --- where things are -----------------------------------------------------------------------------
-DATA_DIR = env_path("STUDIO_DATA_DIR", BASE_DIR / "data")
-DATA_DIR.mkdir(parents=True, exist_ok=True)
+DATA_DIR = env_path("STUDIO_DATA_DIR", BASE_DIR / "data", make=True)
 DATASETS_DIR = DATA_DIR / "datasets"
 RUNS_DIR = DATA_DIR / "runs"
 BASE_MODELS_DIR = DATA_DIR / "base_models"
@@ -34,7 +47,7 @@ LOGS_DIR = DATA_DIR / "logs"
 MODEL_ROOTS = [Path(root).expanduser().resolve() for root in env_list("STUDIO_MODEL_ROOTS")]
 
 HOST = env_str("STUDIO_HOST", "127.0.0.1")
-PORT = env_int("STUDIO_PORT", 8000, low=1, high=65535)
+PORT = env_int("STUDIO_PORT", 8000, low=0, high=65535)  # 0 = any free one, said at start
 HTTPS = env_bool("STUDIO_HTTPS", False)
 DEBUG = env_bool("STUDIO_DEBUG", False)
 
@@ -43,6 +56,7 @@ REDIS_URL = env_secret("STUDIO_REDIS_URL")
 GPU_SLOTS = env_int("STUDIO_GPU_SLOTS", 0, low=0, high=64)  # 0 = one per GPU, one on a machine without
 UPLOAD_MAX_BYTES = env_int("STUDIO_UPLOAD_MAX_MB", 2048, low=1, high=1_000_000) * 1024 * 1024
 CHAT_IDLE_SECONDS = env_int("STUDIO_CHAT_IDLE_SECONDS", 300, low=5, high=86_400)
+STARTER_MODEL = env_bool("STUDIO_STARTER_MODEL", True)  # prepare SmolLM2-135M-Instruct at the first start
 HUB_OFFLINE = env_bool("STUDIO_HUB_OFFLINE", False)
 
 
@@ -52,12 +66,13 @@ def _secret_key() -> str:
     if given:
         return given
     path = DATA_DIR / "secret_key"
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            path.chmod(0o600)
-            file.write(secrets.token_urlsafe(64))
-    except FileExistsError:
-        pass
+    if not path.exists():
+        part = path.with_name(f"secret_key.{os.getpid()}")
+        part.touch(mode=0o600)
+        part.write_text(secrets.token_urlsafe(64), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)  # whole or not at all, and the first of two wins
+        part.unlink()
     return path.read_text(encoding="utf-8").strip()
 
 
@@ -66,6 +81,8 @@ ALLOWED_HOSTS = env_list("STUDIO_ALLOWED_HOSTS", "127.0.0.1,localhost,[::1]")
 if HOST not in {*ALLOWED_HOSTS, "0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
     ALLOWED_HOSTS.append(HOST)
 CSRF_TRUSTED_ORIGINS = env_list("STUDIO_TRUSTED_ORIGINS")
+# Whose X-Forwarded-For and -Proto headers are believed (by uvicorn). Behind HTTPS there is a proxy, here by default.
+TRUSTED_PROXIES = env_list("STUDIO_TRUSTED_PROXIES", "127.0.0.1,::1" if HTTPS else "")
 
 # --- apps and middleware --------------------------------------------------------------------------
 INSTALLED_APPS = [
@@ -87,6 +104,7 @@ INSTALLED_APPS = [
 
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
+    "studio.middleware.PermissionsPolicyMiddleware",
     "csp.middleware.CSPMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -171,6 +189,7 @@ if CELERY_BROKER_URL != "memory://":
 # Two workers under one name on one machine share its slots; machines with equal host names need one each.
 WORKER_NAME = env_str("STUDIO_WORKER_NAME", socket.gethostname())
 ENGINE_COMMAND = [sys.executable, "-m", "training.engine", "train"]  # the run directory is appended
+CHAT_COMMAND = [sys.executable, "-m", "training.engine", "chat"]
 ENGINE_ENV: dict[str, str] = {}  # added to the explicit list that the engine gets
 WORKER_TIMES: dict[str, float] = {}  # overrides of training.worker.timing.Times
 
@@ -197,6 +216,14 @@ AXES_LOCKOUT_PARAMETERS = [["username", "ip_address"]]
 AXES_RESET_ON_SUCCESS = True
 AXES_ENABLE_ADMIN = False
 AXES_VERBOSE = False
+AXES_LOCKOUT_CALLABLE = "studio.accounts.views.locked_out"
+AXES_DISABLE_ACCESS_LOG = True  # the audit log has it
+SILENCED_SYSTEM_CHECKS: list[str] = []
+CSRF_FAILURE_VIEW = "studio.errors.csrf_failure"
+FIRST_RUN_HOURS = 24  # how long the one-time sign-in link is good for
+# Cookies know no ports: two studios on one host would sign each other's people out.
+SESSION_COOKIE_NAME = "studio_session" if PORT in {0, 8000} else f"studio_session_{PORT}"
+CSRF_COOKIE_NAME = "studio_csrf" if PORT in {0, 8000} else f"studio_csrf_{PORT}"
 
 # --- safety ---------------------------------------------------------------------------------------
 CONTENT_SECURITY_POLICY = {
@@ -226,7 +253,6 @@ if HTTPS:
     SECURE_HSTS_SECONDS = 31_536_000
     SECURE_HSTS_INCLUDE_SUBDOMAINS = True
     SECURE_HSTS_PRELOAD = True
-    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 DATA_UPLOAD_MAX_MEMORY_SIZE = 2 * 1024 * 1024
 DATA_UPLOAD_MAX_NUMBER_FIELDS = 500
 FILE_UPLOAD_TEMP_DIR = DATA_DIR / "uploads"
@@ -246,23 +272,45 @@ STATICFILES_DIRS: list[Any] = [
 ]
 STORAGES = {
     "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
-    "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+    "staticfiles": {"BACKEND": "studio.staticfiles.HashedStorage"},
 }
-WHITENOISE_USE_FINDERS = True
+# Collected by `manage.py studio`; any other process serves the files as they lie.
+WHITENOISE_USE_FINDERS = DEBUG or not (STATIC_ROOT / "staticfiles.json").exists()
 WHITENOISE_AUTOREFRESH = DEBUG
+WHITENOISE_KEEP_ONLY_HASHED_FILES = True
+STATIC_ROOT.mkdir(exist_ok=True)
 
 LANGUAGE_CODE = "en"
 TIME_ZONE = "UTC"
 USE_TZ = True
 USE_I18N = False
 
+LOG_LEVEL = env_choice("STUDIO_LOG_LEVEL", "WARNING", ("DEBUG", "INFO", "WARNING", "ERROR"))
 LOGGING: dict[str, Any] = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
-    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "root": {"handlers": ["console"], "level": env_str("STUDIO_LOG_LEVEL", "WARNING")},
-    "loggers": {"studio": {"level": "INFO"}, "training": {"level": "INFO"}, "datasets_app": {"level": "INFO"}},
+    "handlers": {
+        "console": {"class": "logging.StreamHandler", "formatter": "line"},
+        # Who did what: sign-in, sign-out, accounts, and whatever else must be found again.
+        "audit": {
+            "class": "logging.handlers.WatchedFileHandler",
+            "filename": LOGS_DIR / "audit.log",
+            "formatter": "line",
+            "encoding": "utf-8",
+            "delay": True,
+        },
+    },
+    "root": {"handlers": ["console"], "level": LOG_LEVEL},
+    "loggers": {
+        "studio": {"level": "INFO"},
+        "studio.audit": {"level": "INFO", "handlers": ["audit"], "propagate": False},
+        "training": {"level": "INFO"},
+        "datasets_app": {"level": "INFO"},
+        "django.request": {"level": "ERROR"},  # a 404 is no news
+        "axes": {"level": "ERROR"},
+    },
 }
+LOGS_DIR.mkdir(exist_ok=True)
 
 reject_unknown()
