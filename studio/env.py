@@ -32,7 +32,9 @@ def env_bool(name: str, default: bool) -> bool:
         return True
     if raw.strip().lower() in FALSE:
         return False
-    raise ImproperlyConfigured(f"{name}={raw!r} is not a yes or a no. Use 1 or 0, or unset it for {int(default)}.")
+    raise ImproperlyConfigured(
+        f"{name}={raw!r} is not a yes or a no. Use 1 or 0, or unset it for {int(default)}."
+    )
 
 
 def env_int(name: str, default: int, *, low: int, high: int) -> int:
@@ -55,12 +57,32 @@ def env_list(name: str, default: str = "") -> list[str]:
     return [part.strip() for part in env_str(name, default).split(",") if part.strip()]
 
 
-def env_path(name: str, default: Path) -> Path:
+def env_choice(name: str, default: str, choices: tuple[str, ...]) -> str:
+    raw = env_str(name, default).strip().upper()
+    if raw not in choices:
+        raise ImproperlyConfigured(f"{name}={raw!r} is not one of {', '.join(choices)}.")
+    return raw
+
+
+def env_path(name: str, default: Path, *, make: bool = False) -> Path:
+    """A folder; with `make` it exists afterwards and can be written to."""
     raw = env_str(name)
-    path = Path(raw).expanduser() if raw else default
+    path = (Path(raw).expanduser() if raw else default).resolve()
+    advice = f"Name a folder, or unset {name} for {default}."
     if path.exists() and not path.is_dir():
-        raise ImproperlyConfigured(f"{name}={raw!r} is a file, not a folder. Name a folder, or unset it for {default}.")
-    return path.resolve()
+        raise ImproperlyConfigured(f"{name}={str(path)!r} is a file, not a folder. {advice}")
+    if make:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ImproperlyConfigured(
+                f"{name}={str(path)!r} cannot be made ({error.strerror}). {advice}"
+            ) from None
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ImproperlyConfigured(
+                f"{name}={str(path)!r} cannot be written to. Change its rights. {advice}"
+            )
+    return path
 
 
 def env_secret(name: str) -> str:
@@ -78,9 +100,36 @@ def env_secret(name: str) -> str:
         ) from None
 
 
+def env_file(name: str, default: Path) -> None:
+    """Read `NAME=value` lines into the environment; what is set there already wins. `none` reads no file."""
+    raw = env_str(name)
+    if raw == "none":
+        return
+    path = Path(raw).expanduser() if raw else default
+    if not raw and not path.exists():
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImproperlyConfigured(f"{name}: {path} cannot be read ({error}).") from None
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        key, sign, value = text.partition("=")
+        if not sign or not key.strip().isidentifier():
+            raise ImproperlyConfigured(f"{path}, line {number}: {text!r} is not of the form NAME=value.")
+        value = value.strip()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        os.environ.setdefault(key.strip(), value)
+
+
 def reject_unknown(prefix: str = "STUDIO_") -> None:
     """Refuse to start with a variable nobody reads: it is nearly always a misspelt one."""
     unknown = sorted(name for name in os.environ if name.startswith(prefix) and name not in _known)
     if unknown:
         known = ", ".join(sorted(name for name in _known if name.startswith(prefix)))
-        raise ImproperlyConfigured(f"Unknown setting {', '.join(unknown)}. Known ones are: {known}. See .env.example.")
+        raise ImproperlyConfigured(
+            f"Unknown setting {', '.join(unknown)}. Known ones are: {known}. See .env.example."
+        )

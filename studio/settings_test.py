@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 
+from studio.env import env_str
+
 os.environ.setdefault("STUDIO_DATA_DIR", tempfile.mkdtemp(prefix="studio-test-"))
 os.environ.setdefault("STUDIO_REDIS_URL", "none")
+os.environ["STUDIO_ENV_FILE"] = "none"  # a developer's own .env is no part of a test
+env_str("STUDIO_TEST_DATA")  # where tests may find other people's datasets
 
 from studio.settings import *  # noqa: E402, F403
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 from django.urls import include, path
 from django.views.generic import RedirectView
 
+from studio.health import health
+
+handler400 = "studio.errors.bad_request"
+handler403 = "studio.errors.permission_denied"
+handler404 = "studio.errors.page_not_found"
+handler500 = "studio.errors.server_error"
+
 urlpatterns = [
     path("", RedirectView.as_view(pattern_name="tasks:list"), name="home"),
+    path("health/", health, name="health"),
     path("", include("studio.accounts.urls")),
     path("datasets/", include("datasets_app.urls")),
     path("tasks/", include("studio.wizard.urls")),
