@@ -294,6 +294,7 @@ class TrainedModel(models.Model):
     base_model = models.ForeignKey(BaseModel, null=True, on_delete=models.SET_NULL, related_name="trained_models")
     base_model_name = models.CharField(max_length=200)  # survives the row above
     parent = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL, related_name="children")
+    parent_name = models.CharField(max_length=120, blank=True, default="")  # of a parent that was deleted
     dataset_name = models.CharField(max_length=200, blank=True, default="")
     dataset_sha256 = models.CharField(max_length=64, blank=True, default="")
     parameters = models.JSONField(default=dict)  # the resolved configuration
