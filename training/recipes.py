@@ -55,11 +55,12 @@ PARAMETERS: tuple[Parameter, ...] = (
         decrease="Finishes sooner, but the model may see too little to change.",
     ),
     Parameter(
-        name="per_device_train_batch_size", label="batch_size", title="Pairs at once", kind="int", group="basic",
-        default=2, low=1, high=1024, usual_low=1, usual_high=16, suggestions=(1, 2, 4, 8),
+        name="per_device_train_batch_size", label="batch_size", title="Pairs at once", kind="int",
+        group="basic", default=2, low=1, high=1024, usual_low=1, usual_high=16, suggestions=(1, 2, 4, 8),
         help="How many pairs are worked on together before the next group. This is what fills the memory.",
         increase="Steadier updates and often better use of the hardware, but clearly more memory.",
-        decrease="Less memory; raise gradient_accumulation_steps by the same factor to keep the updates as steady.",
+        decrease="Less memory; raise gradient_accumulation_steps by the same factor to keep the updates "
+                 "as steady.",
     ),
     Parameter(
         name="learning_rate", label="learning_rate", title="Size of each update", kind="float", group="basic",
@@ -74,18 +75,22 @@ PARAMETERS: tuple[Parameter, ...] = (
         default=16, low=1, high=1024, usual_low=4, usual_high=64, suggestions=(4, 8, 16, 32, 64),
         help="How much the LoRA adapter can express: the rank of the matrices that are trained.",
         increase="(for example 32 or 64) Can take up more complex preferences, at the price of more memory.",
-        decrease="(for example 4 or 8) Less memory and a smaller file, but complex preferences may not fit in.",
+        decrease="(for example 4 or 8) Less memory and a smaller file, but complex preferences may not "
+                 "fit in.",
     ),
     Parameter(
-        name="max_length", label="max_context_length", title="Longest example", kind="int", group="advanced",
-        default=1024, low=16, high=1_000_000, usual_low=256, usual_high=8192, suggestions=(512, 1024, 2048, 4096),
-        help="The most tokens of one prompt with one answer. What is longer is truncated, and the run says how often.",
+        name="max_length", label="max_context_length", title="Longest example", kind="int",
+        group="advanced", default=1024, low=16, high=1_000_000, usual_low=256, usual_high=8192,
+        suggestions=(512, 1024, 2048, 4096),
+        help="The most tokens of one prompt with one answer. What is longer is truncated, and the run "
+             "says how often.",
         increase="Learns from longer texts, but memory grows with it.",
         decrease="Less memory and faster steps, but more pairs are cut.",
     ),
     Parameter(
-        name="warmup_ratio", label="warmup_ratio", title="Share of gentle start", kind="float", group="advanced",
-        default=0.1, low=0, high=1, usual_low=0.03, usual_high=0.1, suggestions=(0, 0.03, 0.05, 0.1),
+        name="warmup_ratio", label="warmup_ratio", title="Share of gentle start", kind="float",
+        group="advanced", default=0.1, low=0, high=1, usual_low=0.03, usual_high=0.1,
+        suggestions=(0, 0.03, 0.05, 0.1),
         help="The share of all steps in which the learning rate climbs from zero. It is there for stability.",
         increase="A gentler start; beyond 0.1 it mostly costs learning time.",
         decrease="Full speed sooner; with 0 the first updates may be rough.",
@@ -94,14 +99,16 @@ PARAMETERS: tuple[Parameter, ...] = (
         name="gradient_accumulation_steps", label="gradient_accumulation_steps", title="Batches per update",
         kind="int", group="advanced", default=8, low=1, high=4096, usual_low=1, usual_high=32,
         suggestions=(1, 4, 8, 16),
-        help="How many batches are added up before one update: a larger batch without its memory. 1 switches it off.",
+        help="How many batches are added up before one update: a larger batch without its memory. 1 "
+             "switches it off.",
         increase="Steadier updates for no more memory, but fewer updates per pass.",
         decrease="More updates per pass, each from fewer pairs and therefore noisier.",
     ),
     Parameter(
         name="target_modules", label="target_modules", title="Layers that are trained", kind="modules",
         group="advanced", default=(), low=0, high=MAX_MODULES, usual_low=2, usual_high=7,
-        help="Which parts of the model carry an adapter. Nothing chosen means all linear layers except the head.",
+        help="Which parts of the model carry an adapter. Nothing chosen means all linear layers except "
+             "the head.",
         increase="(more layers) The adaptation reaches more of the model; more parameters are trained.",
         decrease="(for example q_proj and v_proj only) A smaller adapter that changes attention alone.",
     ),
@@ -116,14 +123,16 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(
         name="lora_alpha", label="lora_alpha", title="Strength of the adapter", kind="int", group="advanced",
         default=32, low=1, high=4096, usual_low=8, usual_high=128, suggestions=(16, 32, 64),
-        help="Scales what the adapter adds: its effect is multiplied by lora_alpha / lora_rank. Twice the rank is usual.",
+        help="Scales what the adapter adds: its effect is multiplied by lora_alpha / lora_rank. Twice the "
+             "rank is usual.",
         increase="A stronger effect per update, much like a higher learning rate.",
         decrease="A milder effect; learning takes longer to show.",
     ),
     Parameter(
         name="lora_dropout", label="lora_dropout", title="Random omission", kind="float", group="advanced",
         default=0.05, low=0, high=0.95, usual_low=0, usual_high=0.2, suggestions=(0, 0.05, 0.1),
-        help="The share of the adapter's inputs left out at random in training, so that it relies on no single one.",
+        help="The share of the adapter's inputs left out at random in training, so that it relies on no "
+             "single one.",
         increase="Helps small datasets against overfitting; learning becomes slower.",
         decrease="Learns more directly; 0 switches it off.",
     ),
@@ -184,7 +193,9 @@ def problems(parameters: object) -> dict[str, str]:
     for name, value in parameters.items():
         parameter = BY_NAME.get(name) if isinstance(name, str) else None
         if parameter is None:
-            found[str(name)[:100]] = f"{str(name)[:100]} is not a parameter. Known ones are: {', '.join(BY_NAME)}."
+            found[str(name)[:100]] = (
+                f"{str(name)[:100]} is not a parameter. Known ones are: {', '.join(BY_NAME)}."
+            )
         elif sentence := problem(parameter, value):
             found[name] = sentence
     return found
@@ -228,7 +239,8 @@ def warnings(parameters: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     if values["learning_rate"] >= 1e-4:
         found["learning_rate"] = (
-            f"learning_rate {number(values['learning_rate'])} is high for preference tuning: the run may become "
+            f"learning_rate {number(values['learning_rate'])} is high for preference tuning: the run may "
+            f"become "
             "unstable. 5e-6 is a safe start, 5e-5 a bold one."
         )
     elif values["learning_rate"] < 5e-7:
@@ -238,7 +250,8 @@ def warnings(parameters: Mapping[str, Any]) -> dict[str, str]:
         )
     if values["num_train_epochs"] > 3:
         found["num_train_epochs"] = (
-            f"{number(values['num_train_epochs'])} passes: preference tuning overfits quickly, 1 to 2 are usual. "
+            f"{number(values['num_train_epochs'])} passes: preference tuning overfits quickly, 1 to 2 are "
+            f"usual. "
             "Watch the validation loss."
         )
     if not 0.01 <= values["beta"] <= 1:
@@ -247,7 +260,8 @@ def warnings(parameters: Mapping[str, Any]) -> dict[str, str]:
         found["beta"] = f"beta {number(values['beta'])} is aggressive: the model may lose other abilities."
     if values["lora_alpha"] > 4 * values["lora_r"]:
         found["lora_alpha"] = (
-            f"lora_alpha is {number(values['lora_alpha'] / values['lora_r'])} times lora_rank; twice is usual, "
+            f"lora_alpha is {number(values['lora_alpha'] / values['lora_r'])} times lora_rank; twice is "
+            f"usual, "
             "more acts like a higher learning rate."
         )
     if values["warmup_ratio"] > 0.5:

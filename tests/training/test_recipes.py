@@ -1,4 +1,5 @@
-"""The parameters: defaults that hold together, refusals that name the usual range, and no input that raises."""
+"""The parameters: defaults that hold together, refusals that name the usual range, and no input that
+raises."""
 
 from __future__ import annotations
 
@@ -39,7 +40,13 @@ def test_every_parameter_explains_itself_and_its_default_lies_in_the_usual_range
     for parameter in recipes.PARAMETERS:
         assert parameter.help and parameter.increase and parameter.decrease, parameter.name
         if parameter.kind != "modules":
-            assert parameter.low <= parameter.usual_low <= parameter.default <= parameter.usual_high <= parameter.high
+            assert (
+                parameter.low
+                <= parameter.usual_low
+                <= parameter.default
+                <= parameter.usual_high
+                <= parameter.high
+            )
 
 
 def test_the_labels_are_the_ones_people_know() -> None:

@@ -1,0 +1,151 @@
+"""The arithmetic before a run: steps, memory, fit and time, against figures worked out by hand or
+measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from training import estimates, recipes
+from training.base_models import CATALOGUE, STARTER, catalogue_model, shape_of
+from training.estimates import GIB, Machine, PairTokens
+
+CPU = estimates.cpu_machine(memory_bytes=16 * GIB, cores=2)
+H200 = estimates.gpu_machine(name="NVIDIA H200", memory_bytes=139 * GIB)
+TOKENS = PairTokens(prompt=158, chosen=213, rejected=217, longest=512)
+
+
+def starter() -> estimates.ModelShape:
+    shape = shape_of(STARTER.facts())
+    assert shape is not None
+    return shape
+
+
+def estimate(machine: Machine = CPU, *, hub_id: str = STARTER.hub_id, pairs: int = 180, **values: Any) -> Any:
+    model = catalogue_model(hub_id)
+    assert model is not None
+    shape = shape_of(model.facts())
+    assert shape is not None
+    return estimates.estimate_run(
+        shape=shape, parameters=recipes.resolve(values), tokens=TOKENS, machine=machine,
+        num_train_pairs=pairs, num_eval_pairs=20,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pairs", "values", "expected"),
+    [
+        (180, {}, (12, 12)),  # 180 / 16 = 11.25: the last, smaller batch is a step too
+        (160, {}, (10, 10)),
+        (160, {"num_train_epochs": 2.0}, (10, 20)),
+        (160, {"num_train_epochs": 0.25}, (10, 3)),
+        (1, {}, (1, 1)),
+        (0, {}, (0, 0)),
+        (100_000, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, (100_000, 100_000)),
+    ],
+)
+def test_steps_are_pairs_by_effective_batch_rounded_up(pairs: int, values: Any, expected: Any) -> None:
+    assert estimates.steps(pairs, recipes.resolve(values)) == expected
+
+
+def test_the_studio_chooses_about_ten_evaluations_and_says_the_interval() -> None:
+    assert estimates.evaluation_interval(100, 0, has_validation=True) == (
+        10,
+        11,
+    )  # before step 1, then 10..100
+    assert estimates.evaluation_interval(12, 0, has_validation=True) == (2, 7)
+    assert estimates.evaluation_interval(12, 5, has_validation=True) == (5, 4)  # 0, 5, 10, 12
+    assert estimates.evaluation_interval(12, 50, has_validation=True) == (50, 2)  # before and at the end
+    assert estimates.evaluation_interval(12, 5, has_validation=False) == (0, 0)
+
+
+def test_lora_parameters_of_the_starter_are_those_that_were_counted() -> None:
+    """r=16 on all seven linear layers of SmolLM2-135M: 4.88M, as peft prints it."""
+    assert estimates.lora_parameters(starter(), recipes.resolve({})) == 4_884_480
+    two = recipes.resolve({"target_modules": ["q_proj", "v_proj"]})
+    assert estimates.lora_parameters(starter(), two) == 16 * 30 * ((576 + 576) + (576 + 192))
+
+
+def test_kept_activations_agree_with_saved_tensor_hooks() -> None:
+    """Measured on a SmolLM2-shaped model: 17,003 values per token and layer with dropout, 10,139 without."""
+    for dropout, measured in ((0.05, 17_003), (0.0, 10_139)):
+        parameters = recipes.resolve({"lora_dropout": dropout, "per_device_train_batch_size": 1})
+        found = estimates.memory(starter(), parameters, TOKENS, CPU)
+        per_token_and_layer = found.activations / (2 * 512) / 31 / 4
+        assert per_token_and_layer == pytest.approx(measured, rel=0.1)
+
+
+def test_memory_follows_what_the_help_says() -> None:
+    base = estimate().memory
+    assert estimate(per_device_train_batch_size=4).memory.activations == pytest.approx(2 * base.activations)
+    assert estimate(lora_r=32).memory.adapter == 2 * base.adapter
+    assert estimate(max_length=256).memory.activations == pytest.approx(base.activations / 2)
+    assert estimate(max_length=4096).memory == base  # no pair is longer than 512
+    assert estimate(gradient_accumulation_steps=64).memory == base
+
+
+def test_a_small_model_fits_and_a_large_one_is_refused_with_numbers() -> None:
+    assert estimate().fit.verdict == "fits"
+    found = estimate(hub_id="Qwen/Qwen3-30B-A3B")
+    assert found.fit.verdict == "too_large"
+    assert "16.0 GB" in found.fit.sentence and "weights alone do not fit" in found.fit.sentence
+    assert estimate(H200, hub_id="Qwen/Qwen3-4B-Instruct-2507").fit.verdict == "fits"
+
+
+def test_between_fitting_and_not_there_is_tight() -> None:
+    need = estimate().memory.total
+    for share, verdict in ((0.79, "fits"), (0.81, "tight"), (0.94, "tight"), (0.96, "too_large")):
+        machine = estimates.cpu_machine(memory_bytes=int(need / share), cores=2)
+        assert estimate(machine).fit.verdict == verdict, share
+    assert estimate(estimates.cpu_machine(memory_bytes=0, cores=2)).fit.verdict == "unknown"
+
+
+def test_time_grows_with_pairs_passes_and_model_and_shrinks_with_the_machine() -> None:
+    base = estimate().seconds
+    assert estimate(pairs=1800).seconds > 5 * base
+    assert estimate(num_train_epochs=3.0).seconds > 1.5 * base
+    assert estimate(hub_id="Qwen/Qwen3-4B").seconds > 10 * base
+    assert estimate(H200).seconds < base / 2
+
+
+def test_a_mixture_of_experts_costs_its_active_parameters() -> None:
+    moe = catalogue_model("Qwen/Qwen3-30B-A3B")
+    assert moe is not None and moe.active_parameters == pytest.approx(3.3e9, rel=0.05)
+    dense = estimate(H200, hub_id="Qwen/Qwen3-8B", pairs=5000).seconds
+    assert estimate(H200, hub_id="Qwen/Qwen3-30B-A3B", pairs=5000).seconds < dense
+
+
+def test_gpus_are_told_apart_by_whole_names() -> None:
+    speeds = {
+        name: estimates.gpu_machine(name=name, memory_bytes=GIB).flops / 1e12 / estimates.UTILISATION
+        for name in (
+            "NVIDIA A100-SXM4-80GB",
+            "NVIDIA A10",
+            "NVIDIA L40S",
+            "NVIDIA L4",
+            "NVIDIA RTX A4000",
+            "Tesla T4",
+        )
+    }
+    assert [round(speed) for speed in speeds.values()] == [312, 125, 362, 121, 60, 65]
+
+
+def test_every_model_of_the_catalogue_can_be_estimated() -> None:
+    for model in CATALOGUE:
+        found = estimate(H200, hub_id=model.hub_id)
+        assert found.total_steps == 12 and found.seconds > 0 and found.memory.total > 2 * model.num_parameters
+
+
+def test_numbers_are_shown_as_people_write_them() -> None:
+    assert estimates.show_bytes(1.5 * GIB) == "1.5 GB"
+    assert estimates.show_bytes(139 * GIB) == "139 GB"
+    assert estimates.show_seconds(40) == "about a minute"
+    assert estimates.show_seconds(600) == "about 10 minutes"
+    assert estimates.show_seconds(4 * 3600) == "about 4 hours"
+    assert estimates.show_seconds(10**12) == "more than a year"
+    assert [estimates.show_count(v) for v in (134_515_008, 4_022_468_096, 30_532_122_624)] == [
+        "135M",
+        "4.0B",
+        "30.5B",
+    ]

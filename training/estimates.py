@@ -1,0 +1,311 @@
+"""How many steps, how much memory and how long a LoRA DPO run will take, before it is started.
+
+Pure arithmetic on the shape of a model, the pairs, the parameters and the machine. The formulae are written
+at each function; activations were measured with saved-tensor hooks (two architectures, within 10 %), times
+are rough by nature and every page says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+MIB = 1024**2
+GIB = 1024**3
+
+EVALUATIONS_AIMED_AT = 10  # when the person leaves "evaluate every" to the studio
+LOGITS_ROWS = 256  # rows of the vocabulary projection that are alive at once
+RUNTIME_BYTES = {
+    "cpu": 600 * MIB,
+    "cuda": 1200 * MIB,
+}  # interpreter, libraries, CUDA context, allocator's slack
+TIGHT, TOO_LARGE = 0.80, 0.95  # share of the machine's memory
+START_SECONDS = 15.0  # interpreter, imports, tokenising
+READ_BYTES_PER_SECOND = 400e6
+FLOOR_SECONDS_PER_STEP = {"cpu": 0.05, "cuda": 0.08}  # optimizer, logging, kernel launches
+UTILISATION = 0.35  # share of a GPU's datasheet speed that LoRA training reaches
+CPU_FLOPS_PER_CORE = 4e10  # float32; 108 GFLOP/s were measured on two cores, others are slower
+# Dense bf16 tensor speed by name, TFLOP/s, from the datasheets; a GPU not listed counts as 60.
+GPU_TFLOPS: tuple[tuple[str, float], ...] = (
+    ("B200", 2250), ("H200", 989), ("H100", 989), ("A100", 312), ("L40", 362), ("RTX 5090", 209),
+    ("RTX 4090", 165), ("RTX 3090", 71), ("A40", 150), ("A10", 125), ("L4", 121), ("T4", 65), ("V100", 125),
+)  # fmt: skip
+UNKNOWN_GPU_TFLOPS = 60.0
+
+Verdict = Literal["fits", "tight", "too_large", "unknown"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the arithmetic needs to know of a model. `lora_units` is in + out features, summed over the
+    layers,
+    of each linear module: an adapter of rank r on it has r times as many parameters."""
+
+    num_parameters: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    attention_width: int  # heads * head_dim
+    vocab_size: int
+    lora_units: Mapping[str, int]
+    active_parameters: int = 0  # of a mixture of experts; 0 = all
+    experts_per_token: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairTokens:
+    """Tokens of the pairs: means, and those of the longest prompt with its answers."""
+
+    prompt: float = 150
+    chosen: float = 200
+    rejected: float = 200
+    longest: int = 0  # prompt + longer answer; 0 = not known
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where the run would happen."""
+
+    device: Literal["cpu", "cuda"]
+    name: str
+    memory_bytes: int
+    flops: float
+
+    @property
+    def bytes_per_weight(self) -> int:
+        return 2 if self.device == "cuda" else 4
+
+    @property
+    def speed(self) -> str:
+        if self.flops >= 1e12:
+            return f"{self.flops / 1e12:.3g} TFLOP/s"
+        return f"{self.flops / 1e9:.3g} GFLOP/s"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes at the peak of a step."""
+
+    weights: int
+    adapter: int
+    activations: int
+    logits: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.activations + self.logits + self.runtime
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    verdict: Verdict
+    sentence: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will be."""
+
+    effective_batch: int
+    steps_per_epoch: int
+    total_steps: int
+    eval_steps: int  # evaluate every so many steps; 0 = no evaluation
+    num_evaluations: int  # the one before step 1 included
+    lora_parameters: int
+    memory: Memory
+    fit: Fit
+    seconds: float
+    machine: Machine
+
+
+def cpu_machine(*, memory_bytes: int, cores: int) -> Machine:
+    name = f"CPU, {cores} core{'s' if cores != 1 else ''}"
+    return Machine(
+        device="cpu", name=name, memory_bytes=memory_bytes, flops=max(1, cores) * CPU_FLOPS_PER_CORE
+    )
+
+
+def gpu_machine(*, name: str, memory_bytes: int) -> Machine:
+    # "A10" must not be read out of "A100", nor "A40" out of "A4000"; "L40S" is an L40.
+    tflops = next((v for part, v in GPU_TFLOPS if re.search(rf"\b{part}(?!\d)", name)), UNKNOWN_GPU_TFLOPS)
+    return Machine(device="cuda", name=name, memory_bytes=memory_bytes, flops=tflops * 1e12 * UTILISATION)
+
+
+def effective_batch(parameters: Mapping[str, Any]) -> int:
+    """Pairs behind one update: batch_size times gradient_accumulation_steps."""
+    return int(parameters["per_device_train_batch_size"]) * int(parameters["gradient_accumulation_steps"])
+
+
+def steps(num_train_pairs: int, parameters: Mapping[str, Any]) -> tuple[int, int]:
+    """(steps per epoch, steps in all): ceil(pairs / effective batch); a last, smaller batch is a step too."""
+    if num_train_pairs <= 0:
+        return 0, 0
+    per_epoch = math.ceil(num_train_pairs / effective_batch(parameters))
+    return per_epoch, max(1, math.ceil(per_epoch * float(parameters["num_train_epochs"])))
+
+
+def evaluation_interval(total_steps: int, wanted: int, *, has_validation: bool) -> tuple[int, int]:
+    """(every so many steps, number of evaluations with those before step 1 and at the end)."""
+    if not has_validation or total_steps <= 0:
+        return 0, 0
+    every = wanted if wanted > 0 else max(1, math.ceil(total_steps / EVALUATIONS_AIMED_AT))
+    inner = math.ceil(total_steps / every) - 1  # at every, 2*every… before the last step
+    return every, 1 + inner + 1
+
+
+def lora_parameters(shape: ModelShape, parameters: Mapping[str, Any]) -> int:
+    """rank * (in + out) over the chosen modules of all layers."""
+    chosen: Iterable[str] = parameters["target_modules"] or shape.lora_units
+    return int(parameters["lora_r"]) * sum(shape.lora_units.get(name, 0) for name in chosen)
+
+
+def memory(shape: ModelShape, parameters: Mapping[str, Any], tokens: PairTokens, machine: Machine) -> Memory:
+    """Peak of one training step.
+
+    weights      parameters * 2 bytes (bf16 on a GPU) or 4 (float32 on a CPU)
+    adapter      LoRA parameters * 16: value, gradient and two AdamW moments in float32
+    activations  tokens of the fullest micro-batch * layers * kept values per token and layer, where
+                 kept = 4 hidden + 4 attention + 4 experts_per_token * intermediate (measured), and with
+                 dropout 1.4 * (5 hidden + attention + intermediate) more: dropped inputs, their masks;
+                 and the working space of a layer in its backward pass
+    logits       256 rows of the vocabulary * (values, gradient, softmax) * 4 bytes
+    """
+    size = machine.bytes_per_weight
+    h, a, i = shape.hidden_size, shape.attention_width, shape.intermediate_size * shape.experts_per_token
+    kept = 4.0 * h + 4.0 * a + 4.0 * i
+    if parameters["lora_dropout"] > 0:
+        kept += 1.4 * (5 * h + a + i)
+    fullest = int(parameters["per_device_train_batch_size"]) * _longest_pair(parameters, tokens)
+    return Memory(
+        weights=shape.num_parameters * size,
+        adapter=lora_parameters(shape, parameters) * 16,
+        activations=int(fullest * kept * (shape.num_layers + 1) * size),
+        logits=LOGITS_ROWS * shape.vocab_size * 4 * 3,
+        runtime=RUNTIME_BYTES[machine.device],
+    )
+
+
+def _longest_pair(parameters: Mapping[str, Any], tokens: PairTokens) -> int:
+    """Both sides of the longest pair, each with its prompt, as far as max_length lets them."""
+    side = int(parameters["max_length"])
+    if tokens.longest:
+        side = min(side, tokens.longest)
+    return 2 * side
+
+
+def fit(memory: Memory, machine: Machine) -> Fit:
+    """Does the peak fit this machine's memory? Up to 80 % fits, up to 95 % is tight."""
+    need, have = show_bytes(memory.total), show_bytes(machine.memory_bytes)
+    if machine.memory_bytes <= 0:
+        return Fit(verdict="unknown", sentence=f"Needs about {need}; this machine's memory is not known yet.")
+    share = memory.total / machine.memory_bytes
+    if share <= TIGHT:
+        return Fit(verdict="fits", sentence=f"Needs about {need} of {have}.")
+    if share <= TOO_LARGE:
+        return Fit(
+            verdict="tight",
+            sentence=f"Needs about {need} of {have}: it may run out. A smaller batch_size leaves more room.",
+        )
+    if memory.weights + memory.runtime > TOO_LARGE * machine.memory_bytes:
+        advice = "The weights alone do not fit: choose a smaller model or a larger machine."
+    else:
+        advice = "Lower batch_size or max_context_length, or choose a smaller model."
+    return Fit(verdict="too_large", sentence=f"Needs about {need}, this machine has {have}. {advice}")
+
+
+def seconds(
+    shape: ModelShape,
+    parameters: Mapping[str, Any],
+    tokens: PairTokens,
+    machine: Machine,
+    *,
+    num_train_pairs: int,
+    num_eval_pairs: int,
+    num_evaluations: int,
+    total_steps: int,
+) -> float:
+    """Rough wall time from floating-point work.
+
+    With N active parameters a token costs 2N forward; training adds 2N backward (frozen weights have no
+    gradient) and 6 per LoRA parameter. A pair is prompt + chosen and prompt + rejected. The reference pass
+    reads every pair once forward; an evaluation twice (policy, and the reference for the exact KL). Work
+    is divided by the machine's speed, but no step is faster than the floor of its device.
+    """
+    n = shape.active_parameters or shape.num_parameters
+    side = float(parameters["max_length"])
+    pair = min(side, tokens.prompt + tokens.chosen) + min(side, tokens.prompt + tokens.rejected)
+    trained_pairs = total_steps * effective_batch(parameters)
+    limit = max(1.0, num_train_pairs * float(parameters["num_train_epochs"]))
+    work = pair * min(trained_pairs, math.ceil(limit)) * (4 * n + 6 * lora_parameters(shape, parameters))
+    work += pair * (num_train_pairs + num_eval_pairs) * 2 * n
+    work += pair * num_eval_pairs * num_evaluations * 4 * n
+    floor = total_steps * FLOOR_SECONDS_PER_STEP[machine.device]
+    loading = shape.num_parameters * 2 / READ_BYTES_PER_SECOND
+    return START_SECONDS + loading + max(work / machine.flops, floor)
+
+
+def estimate_run(
+    *,
+    shape: ModelShape,
+    parameters: Mapping[str, Any],
+    tokens: PairTokens,
+    machine: Machine,
+    num_train_pairs: int,
+    num_eval_pairs: int = 0,
+    eval_steps: int = 0,
+) -> Estimate:
+    """Everything at once. `parameters` are resolved and without problems (`training.recipes`)."""
+    per_epoch, total = steps(num_train_pairs, parameters)
+    every, evaluations = evaluation_interval(total, eval_steps, has_validation=num_eval_pairs > 0)
+    peak = memory(shape, parameters, tokens, machine)
+    return Estimate(
+        effective_batch=effective_batch(parameters),
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        eval_steps=every,
+        num_evaluations=evaluations,
+        lora_parameters=lora_parameters(shape, parameters),
+        memory=peak,
+        fit=fit(peak, machine),
+        seconds=seconds(
+            shape, parameters, tokens, machine,
+            num_train_pairs=num_train_pairs, num_eval_pairs=num_eval_pairs,
+            num_evaluations=evaluations, total_steps=total,
+        ),
+        machine=machine,
+    )  # fmt: skip
+
+
+def show_bytes(count: float) -> str:
+    """1.4 GB, 820 MB."""
+    for unit, size in (("TB", 1024**4), ("GB", GIB), ("MB", MIB)):
+        if count >= size:
+            value = count / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{count / 1024:.0f} kB"
+
+
+def show_seconds(value: float) -> str:
+    """A rough time in words: "about 4 minutes"."""
+    if value < 90:
+        return "about a minute"
+    if value < 90 * 60:
+        return f"about {round(value / 60)} minutes"
+    if value < 36 * 3600:
+        return f"about {round(value / 3600)} hours"
+    if value < 400 * 86400:
+        return f"about {round(value / 86400)} days"
+    return "more than a year"
+
+
+def show_count(value: float) -> str:
+    """135M, 4.0B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            short = value / size
+            return f"{short:.0f}{unit}" if short >= 100 or unit in "Mk" else f"{short:.1f}{unit}"
+    return f"{value:.0f}"
