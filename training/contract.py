@@ -57,7 +57,7 @@ class Metric:
     REWARDS_ACCURACIES = "rewards/accuracies"  # share of pairs with margin > 0 (shown as "DPO accuracy")
     LOGPS_CHOSEN = "logps/chosen"  # summed over completion tokens, mean over pairs, nats
     LOGPS_REJECTED = "logps/rejected"
-    KL = "kl"  # nats per completion token; exact over the vocabulary at evaluation, a sampled estimate in training
+    KL = "kl"  # nats per completion token; exact over the vocabulary at evaluation, an estimate in training
     GRAD_NORM = "grad_norm"  # before clipping
     LEARNING_RATE = "learning_rate"
     EPOCH = "epoch"  # fraction of passes done
@@ -71,8 +71,8 @@ Split = Literal["train", "eval"]
 # --- phases, in the order a run meets them ----------------------------------------------------------
 PHASES: dict[str, str] = {
     "starting": "Starting",
-    "loading_model": "Loading model",
     "preparing_data": "Preparing data",
+    "loading_model": "Loading model",
     "reference": "Reference pass",
     "training": "Training",
     "evaluating": "Evaluating",
@@ -155,6 +155,12 @@ class Result(TypedDict, total=False):
     num_trainable_parameters: int
     versions: dict[str, str]
     config: dict[str, Any]
+    reference: str  # a sentence: which model the reference is
+    data_sha256: str  # of the tokenised training pairs
+    weights_sha256: str  # of base weights and the adapter started from
+    device: str
+    dtype: str
+    peak_memory_bytes: int  # of the device, or of the process on a CPU
 
 
 # --- the configuration of a run -------------------------------------------------------------------------
@@ -275,7 +281,7 @@ def manifest_seal(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The sealed manifest of a checkpoint directory; its files are not looked at. `ValueError` says what is wrong."""
+    """The sealed manifest of a checkpoint; its files are not looked at. `ValueError` says what is wrong."""
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -286,7 +292,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(path: Path) -> int:
-    """The step of a checkpoint whose every byte is as it was written. `ValueError` names the first thing wrong."""
+    """The step of a checkpoint whose every byte is as it was written; else `ValueError` names what is wrong."""
     manifest = read_manifest(path)
     files = manifest["files"]
     missing = [name for name in CHECKPOINT_FILES if name not in files]
