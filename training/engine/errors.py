@@ -1,0 +1,96 @@
+"""From an exception to what a person reads: one sentence, what to do next, and the exit code. No torch in here."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+
+from training.contract import ConfigError, ExitCode, RunConfig
+
+
+class EngineError(Exception):
+    """An end of the run that was understood. The sentence and the next step are for the person."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, sentence: str, next_step: str = "") -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.next_step = next_step
+
+
+class RefusedError(EngineError):
+    """The input cannot work, now or on another try."""
+
+
+class DivergedError(EngineError):
+    """Loss or gradient was not finite several updates in a row."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class InterruptedRunError(EngineError):
+    """SIGTERM: what could be saved is saved, and the run can go on from there."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    sentence: str
+    next_step: str
+    exit_code: int
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """safetensors reports ENOSPC as text in an error of its own."""
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return True
+    return "No space left on device" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has its own exception class; the CPU allocator raises a plain RuntimeError."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in text
+        or "CUDA out of memory" in text
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
+    )
+
+
+def explain(error: BaseException, config: RunConfig | None) -> Explanation:
+    """What happened, in words. Anything not known here is a crash: exit code 1 and a look at the log."""
+    if isinstance(error, EngineError):
+        return Explanation(error.sentence, error.next_step, int(error.exit_code))
+    if isinstance(error, ConfigError):
+        return Explanation(str(error), "Correct the setting and start the task again.", int(ExitCode.REFUSED))
+    if is_disk_full(error):
+        return Explanation(
+            "The disk is full.",
+            "Free some space and retry the task: it goes on from its last checkpoint.",
+            int(ExitCode.DISK_FULL),
+        )
+    if is_out_of_memory(error):
+        return _explain_out_of_memory(config)
+    return Explanation(
+        f"The engine stopped on an unexpected {type(error).__name__}.",
+        "The last lines of the log say where; retrying goes on from the last checkpoint.",
+        1,
+    )
+
+
+def _explain_out_of_memory(config: RunConfig | None) -> Explanation:
+    if config is None:
+        return Explanation("Out of memory.", "Close other programs and retry.", int(ExitCode.OUT_OF_MEMORY))
+    batch, length = config.per_device_train_batch_size, config.max_length
+    tries = [f"max_context_length {max(128, length * 3 // 4)}"]
+    if batch > 1:
+        tries.insert(0, f"batch_size {batch // 2} with twice the gradient_accumulation_steps")
+    return Explanation(
+        f"Out of memory at batch size {batch} × {length} tokens.",
+        f"Try {' or '.join(tries)}, or a smaller base model.",
+        int(ExitCode.OUT_OF_MEMORY),
+    )

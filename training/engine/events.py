@@ -1,0 +1,97 @@
+"""What the engine says while it runs: one flushed JSON line an event, library logs in engine.log."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from training.contract import EVENTS_FILE, LOG_FILE, Event, PlanEvent, Split
+
+PHASE_INTERVAL = 0.5  # seconds between two phase events of the same phase
+
+logger = logging.getLogger(__name__)
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN: what is not a finite number is null."""
+    if value is None:
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+class EventLog:
+    """Appends to `events.jsonl`. A line is complete or, after a crash, the last one and cut short."""
+
+    def __init__(self, run_dir: Path) -> None:
+        path = run_dir / EVENTS_FILE
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+        self._phase = ""
+        self._phase_time = 0.0
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, event: Event) -> None:
+        self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def phase(self, phase: str, *, done: int = 0, total: int = 0, unit: str = "") -> None:
+        """Progress within one phase is said at most twice a second; its start and its end always."""
+        now = time.time()
+        same = phase == self._phase
+        if same and done != total and now - self._phase_time < PHASE_INTERVAL:
+            return
+        self._phase, self._phase_time = phase, now
+        if not same:
+            logger.info("phase %s", phase)
+        self.write({"type": "phase", "time": now, "phase": phase, "done": done, "total": total, "unit": unit})
+
+    def plan(self, **facts: Any) -> None:
+        event: PlanEvent = {"type": "plan", "time": time.time(), **facts}  # type: ignore[typeddict-item]
+        self.write(event)
+
+    def metrics(self, split: Split, step: int, values: Mapping[str, float | None]) -> None:
+        clean = {key: finite(value) for key, value in values.items()}
+        self.write({"type": "metrics", "time": time.time(), "split": split, "step": step, "values": clean})
+
+    def checkpoint(self, step: int, path: str) -> None:
+        self.write({"type": "checkpoint", "time": time.time(), "step": step, "path": path})
+
+    def log(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
+        logger.log(logging.getLevelNamesMapping()[level.upper()], text)
+        self.write({"type": "log", "time": time.time(), "level": level, "text": text})
+
+
+def open_log(run_dir: Path) -> logging.Handler:
+    """Every logger's lines, Python warnings and the stacks of a crash go to engine.log."""
+    handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    if sys.stderr.isatty():
+        terminal = logging.StreamHandler()
+        terminal.setFormatter(formatter)
+        root.addHandler(terminal)
+    for noisy in ("httpx", "urllib3", "fsspec", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    faulthandler.enable(file=handler.stream, all_threads=True)
+    return handler

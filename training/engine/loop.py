@@ -1,0 +1,239 @@
+"""The steps of a run: order, gradient, update, metrics, evaluation, checkpoints, and when to leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from training.contract import Metric, RunConfig
+from training.engine.checkpoints import Identity, save_checkpoint
+from training.engine.data import TokenizedPair
+from training.engine.errors import DivergedError, InterruptedRunError
+from training.engine.evaluation import evaluate
+from training.engine.events import EventLog, finite
+from training.engine.interrupts import Interrupts
+from training.engine.logps import token_logps
+from training.engine.losses import loss_named
+from training.engine.metrics import PairLogps, Window
+from training.engine.order import Order
+from training.engine.policy import Policy
+from training.engine.reference import ReferenceLogps
+
+NONFINITE_LIMIT = 3
+Values = dict[str, float | None]
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class RunState:
+    """What a checkpoint carries beside tensors; JSON. Order and dropout need nothing: they follow from `step`."""
+
+    step: int = 0  # optimizer steps done
+    num_tokens: int = 0
+    seconds: float = 0.0  # spent by earlier attempts up to their checkpoint
+    nonfinite_streak: int = 0
+    initial_metrics: Values = dataclasses.field(default_factory=dict)
+    last_training: Values = dataclasses.field(default_factory=dict)
+    last_evaluation: Values = dataclasses.field(default_factory=dict)
+
+
+class Loop:
+    """Holds what the steps share. `run` is the whole story."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        run_dir: Path,
+        policy: Policy,
+        train: Sequence[TokenizedPair],
+        evaluation: Sequence[TokenizedPair],
+        reference: ReferenceLogps,
+        order: Order,
+        events: EventLog,
+        interrupts: Interrupts,
+        identity: Identity,
+        fingerprint: dict[str, str],
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.config, self.run_dir, self.policy = config, run_dir, policy
+        self.train, self.evaluation, self.reference = train, evaluation, reference
+        self.order, self.events, self.interrupts = order, events, interrupts
+        self.identity, self.fingerprint = identity, fingerprint
+        self.state = RunState()
+        self.loss = loss_named(config.loss_type)
+        self.accelerator = Accelerator(cpu=policy.scorer.placement.device.type == "cpu")
+        self.scorer = self.accelerator.prepare_model(policy.scorer)
+        self.trainable = policy.trainable
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.schedule = self._schedule()
+        self._evaluated_step = -1
+        self._started = self._saved = time.monotonic()
+
+    def run(self, before_first_step: Callable[[], None]) -> Literal["succeeded", "stopped"]:
+        """Steps until the last, a stop or an interrupt. A checkpoint precedes everything that may be long."""
+        self.policy.model.train()
+        try:
+            while True:
+                self.interrupts.check()
+                if self.state.step == 0:
+                    before_first_step()
+                done = self.state.step >= self.order.total_steps
+                stopping = not done and self.state.step > 0 and self.interrupts.stop_requested
+                if self._evaluation_due(done or stopping):
+                    self._evaluate()
+                if done:
+                    return "succeeded"
+                if stopping:
+                    self.events.log(f"Stopped at step {self.state.step}, as asked. The model so far is kept.")
+                    return "stopped"
+                self._say_progress()
+                self._step()
+                if self._checkpoint_due():
+                    self._checkpoint()
+        except InterruptedRunError:
+            if self.state.step > 0 and self.optimizer.state:
+                self._checkpoint()
+            raise InterruptedRunError(
+                f"The run was interrupted at step {self.state.step} of {self.order.total_steps}.",
+                "Start it again: it goes on from there.",
+            ) from None
+
+    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[torch.Tensor, PairLogps]:
+        """Loss of each pair [B], with gradient, and the log-probabilities behind it."""
+        states = self.scorer(pairs)
+        tokens = token_logps(states.hidden, states.labels, self.policy.head)
+        logps = PairLogps.of(states, tokens, self.reference.token_logps(pairs, tokens.device))
+        losses = self.loss(
+            logps.policy_chosen,
+            logps.policy_rejected,
+            logps.reference_chosen,
+            logps.reference_rejected,
+            beta=self.config.beta,
+            label_smoothing=self.config.label_smoothing,
+        )
+        return losses, logps
+
+    def _schedule(self) -> Callable[[int], float]:
+        """Learning rate of a step (0-based) as a share of the highest: a function, so there is nothing to restore."""
+        from transformers import get_scheduler
+
+        total = self.order.total_steps
+        scheduler = get_scheduler(
+            self.config.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
+            num_warmup_steps=math.ceil(total * self.config.warmup_ratio),
+            num_training_steps=total,
+        )
+        share: Callable[[int], float] = scheduler.lr_lambdas[0]
+        return share
+
+    def _step(self) -> None:
+        """One optimizer step: the gradient is the mean over its pairs, however they are cut into micro-batches."""
+        began = time.monotonic()
+        step = self.state.step
+        learning_rate = self.config.learning_rate * self.schedule(step)
+        micro_batches = self.order.micro_batches(step)
+        num_pairs = sum(len(indices) for indices in micro_batches)
+        window, num_tokens = Window(beta=self.config.beta), 0
+        for micro_step, indices in enumerate(micro_batches):
+            pairs = [self.train[index] for index in indices]
+            self.order.reseed_dropout(step, micro_step)
+            losses, logps = self.score(pairs)
+            self.accelerator.backward(losses.sum() / num_pairs)
+            window.add(losses, logps)
+            window.add_sampled_kl(logps)
+            num_tokens += sum(pair.num_tokens for pair in pairs)
+        limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.trainable.values(), limit))
+        values = window.values()
+        usable = math.isfinite(norm) and finite(values[Metric.LOSS]) is not None
+        if usable:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.state.step += 1
+        self.state.num_tokens += num_tokens
+        values |= {
+            Metric.GRAD_NORM: norm,
+            Metric.LEARNING_RATE: learning_rate,
+            Metric.EPOCH: self.order.epoch_after(self.state.step),
+            Metric.NUM_TOKENS: self.state.num_tokens,
+            Metric.TOKENS_PER_SECOND: num_tokens / (time.monotonic() - began),
+        }
+        self.state.last_training = {key: finite(value) for key, value in values.items()}
+        self.events.metrics("train", self.state.step, values)
+        self._say_progress()
+        self._count_nonfinite(usable)
+
+    def _count_nonfinite(self, usable: bool) -> None:
+        self.state.nonfinite_streak = 0 if usable else self.state.nonfinite_streak + 1
+        if usable:
+            return
+        self.events.log(
+            f"Step {self.state.step} gave a loss or gradient that is not finite: skipped.", "warning"
+        )
+        if self.state.nonfinite_streak >= NONFINITE_LIMIT:
+            raise DivergedError(
+                f"Training diverged: {NONFINITE_LIMIT} updates in a row had no finite loss or gradient.",
+                "Lower the learning_rate, or raise beta or warmup_ratio.",
+            )
+
+    def _evaluation_due(self, last: bool) -> bool:
+        step, every = self.state.step, self.config.eval_steps
+        if not self.evaluation or self._evaluated_step == step:
+            return False
+        return last or step == 0 or (every > 0 and step % every == 0)
+
+    def _evaluate(self) -> None:
+        total = len(self.evaluation)
+
+        def progress(done: int) -> None:
+            self.events.phase("evaluating", done=done, total=total, unit="pairs")
+            self.interrupts.check()
+
+        progress(0)
+        values = evaluate(self.policy, self.evaluation, self.reference, self.config, progress=progress)
+        self.events.metrics("eval", self.state.step, values)
+        self.state.last_evaluation = {key: finite(value) for key, value in values.items()}
+        if self.state.step == 0:
+            self.state.initial_metrics = self.state.last_evaluation
+        self._evaluated_step = self.state.step
+
+    def _checkpoint_due(self) -> bool:
+        if self.state.nonfinite_streak or not self.optimizer.state:
+            return False
+        step = self.state.step
+        on_time = time.monotonic() - self._saved >= self.config.save_seconds
+        return on_time or step % self.config.save_steps == 0 or step >= self.order.total_steps
+
+    def _checkpoint(self) -> None:
+        now = time.monotonic()
+        state = dataclasses.replace(self.state, seconds=round(self.state.seconds + now - self._started, 3))
+        path = save_checkpoint(
+            self.run_dir,
+            step=self.state.step,
+            run_id=self.config.run_id,
+            identity=self.identity,
+            fingerprint=self.fingerprint,
+            trainable=self.trainable,
+            optimizer=self.optimizer,
+            state=dataclasses.asdict(state),
+        )
+        self._saved = time.monotonic()
+        self.events.checkpoint(self.state.step, str(path.relative_to(self.run_dir)))
+
+    def _say_progress(self) -> None:
+        self.events.phase("training", done=self.state.step, total=self.order.total_steps, unit="steps")

@@ -1,0 +1,37 @@
+"""What can be refused before torch is imported: settings that this engine does not have, files that are not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from training.contract import RunConfig
+from training.engine.errors import RefusedError
+
+METHODS = ("dpo",)
+LOSS_TYPES = ("sigmoid",)
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+SWITCHES = ("auto", "on", "off")
+
+
+def check_config(config: RunConfig) -> None:
+    """Raises `RefusedError` with the first thing that cannot work."""
+    for name, value, known in (
+        ("method", config.method, METHODS),
+        ("loss_type", config.loss_type, LOSS_TYPES),
+        ("lr_scheduler_type", config.lr_scheduler_type, SCHEDULERS),
+        ("gradient_checkpointing", config.gradient_checkpointing, SWITCHES),
+    ):
+        if value not in known:
+            raise RefusedError(f"{name} {value!r} is not known here.", f"Use {' or '.join(known)}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RefusedError("This engine trains on one device.", "Start it without torchrun.")
+    if not Path(config.model_path).is_dir():
+        raise RefusedError("The base model's folder is not there.", "Choose the base model again.")
+    if config.adapter_path and not Path(config.adapter_path).is_dir():
+        raise RefusedError(
+            "The model to start from is not there any more.", "Choose another model to start from."
+        )
+    for split, path in (("training", config.train_path), ("validation", config.eval_path)):
+        if path and not Path(path).is_file():
+            raise RefusedError(f"The {split} pairs are not there.", "Prepare the dataset again.")

@@ -1,0 +1,139 @@
+"""Log-probabilities of the reference, computed once and kept on disk for every later run.
+
+Content-addressed: a folder per reference (its weights and precision), a record per pair named by the hash
+of the token ids that the reference saw, so tokenizer, template and `max_length` are in the name. A shard's file name
+is the hash of its bytes: a half-written or damaged one does not match its name and is removed. Each run writes its
+own shards, so any number of them may share the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from training.contract import file_sha256
+from training.engine.data import TokenizedPair, length_sorted_batches
+from training.engine.logps import token_logps
+from training.engine.policy import Policy
+
+FORMAT = 1  # raise it when the numbers in a shard would change
+SHARD_PAIRS = 512
+TOKEN_BUDGET = 4096  # tokens a forward pass without gradient
+
+Floats = npt.NDArray[np.float32]
+logger = logging.getLogger(__name__)
+
+
+def reference_key(policy: Policy) -> str:
+    """Names the folder of one reference."""
+    placement = policy.scorer.placement
+    parts = (FORMAT, policy.weights_sha256, placement.device.type, placement.dtype_name)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+class ReferenceLogps:
+    """Per pair the log-probability of each completion token [chosen + rejected], float32, on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._records: dict[bytes, Floats] = {}
+        self._unsaved: dict[bytes, Floats] = {}
+
+    def __contains__(self, pair: TokenizedPair) -> bool:
+        return pair.digest() in self._records
+
+    def token_logps(self, pairs: Sequence[TokenizedPair], device: torch.device) -> torch.Tensor:
+        """[C] in the order of `CompletionStates`."""
+        return torch.from_numpy(np.concatenate([self._records[pair.digest()] for pair in pairs])).to(device)
+
+    def add(self, pair: TokenizedPair, values: Floats) -> None:
+        self._records[pair.digest()] = self._unsaved[pair.digest()] = values
+        if len(self._unsaved) >= SHARD_PAIRS:
+            self.flush()
+
+    def load(self, wanted: Iterable[TokenizedPair]) -> None:
+        """Take what the folder has of these pairs."""
+        missing = {pair.digest(): pair.num_completion_tokens for pair in wanted}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            try:
+                if file_sha256(path) != path.stem:
+                    raise ValueError("the bytes do not match the name")
+                self._take(path, missing)
+            except (OSError, ValueError, KeyError) as error:
+                logger.warning("reference shard %s is removed: %s", path.name, error)
+                path.unlink(missing_ok=True)
+
+    def _take(self, path: Path, missing: dict[bytes, int]) -> None:
+        from safetensors.numpy import load_file
+
+        shard = load_file(path)
+        ends = np.cumsum(shard["lengths"])
+        for row, end, length in zip(shard["keys"], ends, shard["lengths"], strict=True):
+            key = row.tobytes()
+            if missing.get(key) == length:
+                self._records[key] = shard["logps"][end - length : end].copy()
+
+    def flush(self) -> None:
+        """Write what is new as one shard: beside, to disk, then under its name."""
+        from safetensors.numpy import save
+
+        if not self._unsaved:
+            return
+        content = save(
+            {
+                "keys": np.stack([np.frombuffer(key, dtype=np.uint8) for key in self._unsaved]),
+                "lengths": np.array([len(values) for values in self._unsaved.values()], dtype=np.int64),
+                "logps": np.concatenate(list(self._unsaved.values())),
+            }
+        )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._folder / f".{uuid.uuid4().hex}.tmp"
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._folder / f"{hashlib.sha256(content).hexdigest()}.safetensors")
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._unsaved.clear()
+
+
+def score_reference(
+    policy: Policy,
+    pairs: Sequence[TokenizedPair],
+    folder: Path,
+    *,
+    progress: Callable[[int, int], None],
+    check: Callable[[], None] = lambda: None,
+) -> ReferenceLogps:
+    """One length-sorted pass over the pairs that the cache does not have. `check` may raise to leave early."""
+    records = ReferenceLogps(folder / reference_key(policy))
+    records.load(pairs)
+    todo = {pair.digest(): pair for pair in pairs if pair not in records}
+    done = len(pairs) - len(todo)
+    progress(done, len(pairs))
+    device = policy.scorer.placement.device
+    try:
+        with policy.reference():
+            for batch in length_sorted_batches(list(todo.values()), token_budget=TOKEN_BUDGET):
+                check()
+                states = policy.scorer(batch)
+                values = token_logps(states.hidden, states.labels, policy.head).float().cpu()
+                lengths = [pair.num_completion_tokens for pair in batch]
+                for pair, part in zip(batch, values.split(lengths), strict=True):
+                    records.add(pair, part.numpy().copy())
+                done += len(batch)
+                progress(done, len(pairs))
+    finally:
+        records.flush()
+    logger.info("reference log-probabilities of %d pairs on %s", len(pairs), device)
+    return records

@@ -1,0 +1,70 @@
+"""One run of the engine from its start to its exit code: log, signals, result.json. The training itself is train.py."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+
+from training.contract import RESULT_FILE, ExitCode, Result, RunConfig, write_atomically
+from training.engine.errors import InterruptedRunError, explain
+from training.engine.events import EventLog, open_log
+from training.engine.interrupts import Interrupts
+from training.engine.preflight import check_config
+
+logger = logging.getLogger(__name__)
+
+
+def main(run_dir: Path) -> int:
+    """The `train` subcommand."""
+    run_dir = run_dir.absolute()
+    handler = open_log(run_dir)
+    interrupts = Interrupts(run_dir)
+    interrupts.install(handler.stream)  # type: ignore[attr-defined]
+    with EventLog(run_dir) as events:
+        return run(run_dir, events=events, interrupts=interrupts)
+
+
+def run(run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> int:
+    """Train and write result.json; every end is told there in words. Returns the exit code."""
+    started = time.monotonic()
+    config: RunConfig | None = None
+    (run_dir / RESULT_FILE).unlink(missing_ok=True)
+    try:
+        events.phase("starting")
+        config = RunConfig.load(run_dir)
+        check_config(config)
+        interrupts.check()
+        from training.engine.train import train  # torch from here on
+
+        _write_result(run_dir, train(config, run_dir, events=events, interrupts=interrupts))
+        return ExitCode.OK
+    except Exception as error:
+        return _failed(error, config, run_dir, events, time.monotonic() - started)
+
+
+def _failed(
+    error: Exception, config: RunConfig | None, run_dir: Path, events: EventLog, seconds: float
+) -> int:
+    explanation = explain(error, config)
+    interrupted = isinstance(error, InterruptedRunError)
+    logger.log(logging.INFO if interrupted else logging.ERROR, explanation.sentence, exc_info=error)
+    result: Result = {
+        "status": "interrupted" if interrupted else "failed",
+        "error": explanation.sentence,
+        "next_step": explanation.next_step,
+        "seconds": round(seconds, 3),
+    }
+    if config is not None:
+        result["config"] = dataclasses.asdict(config)
+    with contextlib.suppress(OSError):  # a full disk must not hide the exit code
+        events.log(explanation.sentence, "info" if interrupted else "error")
+        _write_result(run_dir, result)
+    return explanation.exit_code
+
+
+def _write_result(run_dir: Path, result: Result) -> None:
+    write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))

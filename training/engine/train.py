@@ -1,0 +1,204 @@
+"""A training run, top to bottom: data, model, reference, steps, adapter. Returns what result.json says."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.contract import Result, RunConfig
+from training.engine.checkpoints import Identity, clean_leftovers, find_checkpoint, restore
+from training.engine.data import TokenizedPair, data_sha256, read_pairs, tokenize_pairs
+from training.engine.errors import RefusedError
+from training.engine.events import EventLog
+from training.engine.interrupts import Interrupts
+from training.engine.loop import Loop, RunState
+from training.engine.order import Order
+from training.engine.outputs import fingerprint, peak_memory_bytes, save_adapter, versions
+from training.engine.policy import Placement, Policy, load_policy, load_tokenizer, use_fast_layout
+from training.engine.reference import score_reference
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ between an attempt and the one it continues: where files are, when to save and look,
+# and how a step's pairs are cut into micro-batches (their product is part of the identity).
+NOT_IDENTITY = {
+    "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name", "reference_cache_dir",
+    "resume_from", "eval_steps", "save_steps", "save_seconds", "device", "dtype", "gradient_checkpointing",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: list[TokenizedPair]
+    evaluation: list[TokenizedPair]
+    num_truncated: int
+    num_dropped: int
+
+
+def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> Result:
+    """Everything between a configuration and an adapter."""
+    started = time.monotonic()
+    make_quiet_and_deterministic()
+    placement = Placement.choose(config)
+
+    events.phase("preparing_data")
+    tokenizer = load_tokenizer(config)
+    data = prepare_data(config, tokenizer, events)
+    order = Order(
+        num_pairs=len(data.train),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        num_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+    interrupts.check()
+
+    events.phase("loading_model")
+    policy = load_policy(config, placement, data.train[:1])
+    events.log(use_fast_layout(policy, [*data.train, *data.evaluation]))
+    events.plan(
+        total_steps=order.total_steps,
+        num_train_pairs=len(data.train),
+        num_eval_pairs=len(data.evaluation),
+        num_truncated=data.num_truncated,
+        num_dropped=data.num_dropped,
+        device=placement.device.type,
+        dtype=placement.dtype_name,
+        reference=policy.reference_sentence,
+    )
+
+    def leave_early() -> None:
+        interrupts.check()
+        if interrupts.stop_requested:
+            raise RefusedError(
+                "The run was stopped before its first step, so there is no model to keep.", "Start it again."
+            )
+
+    events.phase("reference", total=len(data.train) + len(data.evaluation), unit="pairs")
+    reference = score_reference(
+        policy,
+        [*data.train, *data.evaluation],
+        Path(config.reference_cache_dir) if config.reference_cache_dir else run_dir / "reference",
+        progress=lambda done, total: events.phase("reference", done=done, total=total, unit="pairs"),
+        check=leave_early,
+    )
+
+    loop = Loop(
+        config=config,
+        run_dir=run_dir,
+        policy=policy,
+        train=data.train,
+        evaluation=data.evaluation,
+        reference=reference,
+        order=order,
+        events=events,
+        interrupts=interrupts,
+        identity=identity_of(config, data.train, policy),
+        fingerprint=fingerprint(placement, policy.layout_name),
+    )
+    resume(loop, config, run_dir, events)
+    status = loop.run(leave_early)
+
+    events.phase("saving")
+    sha256, size = save_adapter(policy, tokenizer, config, run_dir)
+    state = loop.state
+    return {
+        "status": status,
+        "step": state.step,
+        "total_steps": order.total_steps,
+        "seconds": round(state.seconds + time.monotonic() - started, 3),
+        "num_tokens": state.num_tokens,
+        "metrics": state.last_training | state.last_evaluation,
+        "initial_metrics": state.initial_metrics,
+        "adapter_sha256": sha256,
+        "adapter_bytes": size,
+        "num_trainable_parameters": sum(tensor.numel() for tensor in policy.trainable.values()),
+        "versions": versions(),
+        "config": dataclasses.asdict(config),
+        "reference": policy.reference_sentence,
+        "data_sha256": loop.identity.data_sha256,
+        "weights_sha256": policy.weights_sha256,
+        "device": placement.device.type,
+        "dtype": placement.dtype_name,
+        "peak_memory_bytes": peak_memory_bytes(placement),
+    }
+
+
+def make_quiet_and_deterministic() -> None:
+    """The same bits on the same machine; library progress bars belong to no log."""
+    import transformers
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_default_handler()
+    transformers.logging.enable_propagation()
+
+
+def prepare_data(config: RunConfig, tokenizer: Any, events: EventLog) -> Data:
+    """Both files as token ids. Says what was cut and dropped; refuses when nothing is left."""
+    tokenized: dict[str, list[TokenizedPair]] = {"training": [], "validation": []}
+    truncated = dropped = 0
+    for split, path in (("training", config.train_path), ("validation", config.eval_path)):
+        if not path:
+            continue
+        pairs = read_pairs(Path(path))
+        if not pairs:
+            raise RefusedError(
+                f"There are no {split} pairs.", "Prepare the dataset again, or add pairs to it."
+            )
+        tokenized[split], report = tokenize_pairs(
+            pairs,
+            tokenizer,
+            max_length=config.max_length,
+            progress=lambda done, total: events.phase("preparing_data", done=done, total=total, unit="pairs"),
+        )
+        sentences = list(report.sentences(split, config.max_length))
+        for sentence in sentences:
+            events.log(sentence, "warning")
+        if not tokenized[split]:
+            raise RefusedError(
+                f"No {split} pair is left of {report.read}. {sentences[-1]}",
+                "Raise max_context_length, or correct the dataset.",
+            )
+        truncated, dropped = truncated + report.truncated, dropped + report.dropped
+    return Data(tokenized["training"], tokenized["validation"], truncated, dropped)
+
+
+def identity_of(config: RunConfig, pairs: list[TokenizedPair], policy: Policy) -> Identity:
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
+    settings["pairs_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    text = json.dumps(settings, sort_keys=True)
+    return Identity(hashlib.sha256(text.encode()).hexdigest(), data_sha256(pairs), policy.weights_sha256)
+
+
+def resume(loop: Loop, config: RunConfig, run_dir: Path, events: EventLog) -> None:
+    """Go on from the newest verified checkpoint of the same trajectory, if there is one."""
+    clean_leftovers(run_dir)
+    loaded = find_checkpoint(
+        run_dir, config.resume_from, loop.identity, say=lambda text: events.log(text, "warning")
+    )
+    if loaded is None:
+        if config.resume_from:
+            events.log("No earlier checkpoint can be used: training starts from the beginning.", "warning")
+        return
+    restore(loaded, loop.policy.trainable, loop.optimizer)
+    loop.state = RunState(**loaded.state)
+    events.log(f"Continued from the checkpoint of step {loaded.step}.")
+    changed = sorted(key for key, value in loop.fingerprint.items() if loaded.fingerprint.get(key) != value)
+    if changed:
+        events.log(
+            f"Continued under another {', '.join(changed)}: from step {loaded.step} on, the last digits of "
+            "the numbers may differ from an undisturbed run.",
+            "warning",
+        )
