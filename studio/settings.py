@@ -18,6 +18,7 @@ from typing import Any
 
 import dj_database_url
 from csp.constants import NONE, SELF
+from django.core.exceptions import ImproperlyConfigured
 
 from studio.env import (
     env_bool,
@@ -138,9 +139,14 @@ TEMPLATES: list[dict[str, Any]] = [
 ]
 
 # --- database -------------------------------------------------------------------------------------
-DATABASES: dict[str, Any] = {
-    "default": dj_database_url.parse(env_secret("DATABASE_URL") or f"sqlite:///{DATA_DIR / 'studio.sqlite3'}")
-}
+DATABASE_URL = env_secret("DATABASE_URL") or f"sqlite:///{DATA_DIR / 'studio.sqlite3'}"
+try:
+    DATABASES: dict[str, Any] = {"default": dj_database_url.parse(DATABASE_URL)}
+except ValueError:
+    raise ImproperlyConfigured(
+        "DATABASE_URL is not an address of a database. Use postgres://name:password@host:5432/database, "
+        "or unset it for the SQLite file in the data folder."
+    ) from None
 if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
     # IMMEDIATE: a transaction that reads and then writes waits for its turn instead of failing at the
     # upgrade ("database is locked" in 657 of 1200 transactions without it, in none with it).

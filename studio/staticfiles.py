@@ -15,12 +15,24 @@ from django.contrib.staticfiles import finders
 from django.core.management import call_command
 from whitenoise.storage import CompressedManifestStaticFilesStorage
 
-IGNORED = ["widgetbundle.js", "plotly-*/datasets", "plotly-*/templates"]
+# Parts of installed packages that no page asks for.
+IGNORED = [
+    "widgetbundle.js",
+    "datasets/*.csv.gz",
+    "templates/*.json",
+    "ext/hx-*.js",
+    "ext/htmx-*.js",
+    "ht*x-4*.js",
+]
 
 
 class HashedStorage(CompressedManifestStaticFilesStorage):  # type: ignore[misc]
     manifest_strict = False
-    support_js_module_import_aggregation = True
+    # Style sheets of everybody; of scripts only our own modules: a package's may name files it does not ship.
+    patterns = (
+        *(rule for rule in CompressedManifestStaticFilesStorage.patterns if rule[0] == "*.css"),
+        ("js/*.js", CompressedManifestStaticFilesStorage._js_module_import_aggregation_patterns[1]),
+    )
 
     def stored_name(self, name: str) -> str:
         """The hashed name when the file was collected, else the plain one."""

@@ -12,10 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 
 LEASH = Path(__file__).with_name("leash.py")
 BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -40,6 +39,7 @@ class Program:
     command: Sequence[str]
     log: Path
     env: dict[str, str]
+    cwd: Path | None = None
     pass_fds: tuple[int, ...] = ()
     stop_seconds: float = 5.0
     death_signal: signal.Signals = signal.SIGKILL  # what the kernel sends it when the studio itself is killed
@@ -79,6 +79,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=program.env,
+                cwd=program.cwd,
                 pass_fds=program.pass_fds,
                 start_new_session=True,
             )
@@ -145,15 +146,15 @@ class Child:
         return "\n".join(text.rstrip().splitlines()[-lines:])
 
 
-def stop_all(children: Sequence[Child], hurry: Event) -> list[str]:
+def stop_all(children: Sequence[Child], hurry: Callable[[], bool]) -> list[str]:
     """Ask each to stop, in order, wait for all, kill what is left. Returns the names that had to be killed.
 
-    `hurry` is set by the signal handler at a second Ctrl-C, and ends the wait.
+    `hurry` becomes true at a second Ctrl-C, and ends the wait.
     """
     for child in children:
         child.ask_to_stop()
     begun = time.monotonic()
-    while not hurry.is_set() and any(
+    while not hurry() and any(
         child.alive and time.monotonic() - begun < child.program.stop_seconds for child in children
     ):
         time.sleep(0.02)
