@@ -20,7 +20,9 @@ LN2 = math.log(2)
 class Trace:
     key: str
     name: str
-    role: str  # train | eval | chosen | rejected | chosen-eval | rejected-eval | margin | margin-eval | second
+    role: (
+        str  # train | eval | chosen | rejected | chosen-eval | rejected-eval | margin | margin-eval | second
+    )
     axis: str = "y"
 
     @property
@@ -152,7 +154,10 @@ def chart_by_id(chart_id: str) -> Chart | None:
 
 def figure(chart: Chart, curves: Mapping[str, Series]) -> dict[str, Any]:
     """The figure as Plotly takes it; the browser adds colours, the smoothed lines and later points."""
-    return {"data": [_trace(trace, curves.get(trace.key, [])) for trace in chart.traces], "layout": _layout(chart)}
+    return {
+        "data": [_trace(trace, curves.get(trace.key, [])) for trace in chart.traces],
+        "layout": _layout(chart),
+    }
 
 
 def payload(curves: Mapping[str, Series]) -> list[dict[str, Any]]:
@@ -191,7 +196,12 @@ def _layout(chart: Chart) -> dict[str, Any]:
         "showlegend": True,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
         "xaxis": {"title": {"text": "step"}, "rangemode": "tozero", "hoverformat": ",d", "zeroline": False},
-        "yaxis": {"title": {"text": chart.y_title}, "zeroline": False, "automargin": True, "hoverformat": ".5~g"},
+        "yaxis": {
+            "title": {"text": chart.y_title},
+            "zeroline": False,
+            "automargin": True,
+            "hoverformat": ".5~g",
+        },
         "uirevision": chart.id,
     }
     if chart.percent:

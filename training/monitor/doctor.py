@@ -117,7 +117,11 @@ def loss_reading(run: Run) -> Finding | None:
 def _learning(run: Run, evals: list[tuple[int, float]]) -> Finding:
     first, last = evals[0][1], evals[-1][1]
     recent = [value for _, value in evals[-4:]]
-    if len(evals) >= 6 and max(recent) - min(recent) < LOSS_TOLERANCE / 2 and recent[0] - last < LOSS_TOLERANCE / 4:
+    if (
+        len(evals) >= 6
+        and max(recent) - min(recent) < LOSS_TOLERANCE / 2
+        and recent[0] - last < LOSS_TOLERANCE / 4
+    ):
         return Finding(
             code="levelled",
             severity="info",
@@ -278,7 +282,9 @@ def gradient_spikes(run: Run) -> Finding | None:
     if len(values) < 20:
         return None
     usual = median(value for _, value in values)
-    spikes = [(step, value) for step, value in values[-SPIKE_WINDOW:] if value > max(SPIKE_FACTOR * usual, 1e-6)]
+    spikes = [
+        (step, value) for step, value in values[-SPIKE_WINDOW:] if value > max(SPIKE_FACTOR * usual, 1e-6)
+    ]
     if not spikes:
         return None
     step, value = max(spikes, key=lambda point: point[1])

@@ -4,4 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-websocket_urlpatterns: list[Any] = []
+from django.urls import path
+
+from training.monitor.consumers import TaskConsumer
+
+websocket_urlpatterns: list[Any] = [path("ws/tasks/<uuid:task_id>/", TaskConsumer.as_asgi())]

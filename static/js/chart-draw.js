@@ -1,0 +1,96 @@
+/* One chart on the page: composes Plotly traces from the store, the preferences and the theme. */
+
+import { smooth } from "./chart-series.js";
+
+const DASHED = new Set(["chosen-eval", "rejected-eval", "margin-eval"]);
+const touch = matchMedia("(pointer: coarse)");
+
+export class Chart {
+  constructor(spec, store) {
+    this.spec = spec;
+    this.store = store;
+    this.element = document.getElementById(spec.element);
+    this.card = this.element.closest("[data-chart-card]");
+    this.keys = spec.figure.data.map((trace) => trace.meta.key);
+    this.dragmode = touch.matches ? false : "zoom"; // a finger that scrolls the page must not zoom
+    this.drawn = false;
+    for (const trace of spec.figure.data) store.load(trace.meta.key, trace.x, trace.y);
+  }
+
+  get isEmpty() {
+    return this.keys.every((key) => this.store.get(key).x.length === 0);
+  }
+
+  async draw(prefs, theme) {
+    this.card.querySelector("[data-empty]").hidden = !this.isEmpty;
+    this.element.hidden = this.isEmpty;
+    if (this.isEmpty) return;
+    const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: "reset" };
+    await Plotly.react(this.element, this.#traces(prefs, theme), this.#layout(prefs, theme), config);
+    this.drawn = true;
+  }
+
+  #traces(prefs, theme) {
+    return this.spec.figure.data.flatMap((given) => {
+      const { key, role, smooth: canSmooth } = given.meta;
+      const { x, y } = this.store.get(key);
+      if (x.length === 0) return [];
+      const color = theme.roles[role];
+      const line = { color, width: 2, dash: DASHED.has(role) ? "dot" : "solid" };
+      const marker = { color, size: x.length > 40 ? 4 : 7 };
+      const base = { ...given, x: [...x], y: [...y], line, marker, legendgroup: key };
+      if (x.length === 1) return [{ ...base, mode: "markers" }];
+      if (!canSmooth || prefs.smoothing === 0 || x.length < 3) return [base];
+      const raw = { ...base, line: { ...line, width: 1 }, opacity: 0.32, showlegend: false };
+      const even = { ...base, y: smooth(y, prefs.smoothing), line: { ...line, width: 2.4 }, hoverinfo: "skip" };
+      return [raw, even];
+    });
+  }
+
+  #layout(prefs, theme) {
+    const given = this.spec.figure.layout;
+    const axis = { gridcolor: theme.line, linecolor: theme.strong, tickcolor: theme.strong, color: theme.muted };
+    const layout = {
+      ...given,
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: this.dragmode,
+      font: { family: theme.font, size: 12, color: theme.muted },
+      hoverlabel: { ...given.hoverlabel, bgcolor: theme.surface, bordercolor: theme.strong, font: { color: theme.text, family: theme.font, size: 12 } },
+      legend: { ...given.legend, font: { color: theme.text }, bgcolor: "rgba(0,0,0,0)" },
+      xaxis: { ...given.xaxis, ...axis }, yaxis: { ...given.yaxis, ...axis },
+    };
+    if (given.yaxis2) layout.yaxis2 = { ...given.yaxis2, ...axis };
+    const log = prefs.log && this.spec.logarithmic;
+    if (log) layout.yaxis = { ...layout.yaxis, type: "log", dtick: undefined };
+    layout.uirevision = `${given.uirevision}${log ? "-log" : ""}`;
+    layout.shapes = (given.shapes ?? []).map((shape) => ({
+      ...shape, line: { ...shape.line, color: theme.muted }, label: { ...shape.label, font: { size: 11, color: theme.muted } },
+    }));
+    return layout;
+  }
+
+  setPan(on) {
+    this.dragmode = on ? "pan" : touch.matches ? false : "zoom";
+    if (this.drawn) Plotly.relayout(this.element, { dragmode: this.dragmode });
+  }
+
+  reset(prefs) {
+    if (!this.drawn) return;
+    const range = this.spec.figure.layout.yaxis.range;
+    const y = range && !prefs.log ? { "yaxis.range": [...range] } : { "yaxis.autorange": true };
+    Plotly.relayout(this.element, { "xaxis.autorange": true, ...y, ...(this.spec.figure.layout.yaxis2 ? { "yaxis2.autorange": true } : {}) });
+  }
+
+  resize() {
+    if (this.drawn) Plotly.Plots.resize(this.element);
+  }
+
+  async picture(prefs, theme) {
+    const layout = this.#layout(prefs, theme);
+    const title = { text: this.spec.title, font: { size: 18, color: theme.text }, x: 0.02, xanchor: "left" };
+    const figure = {
+      data: this.#traces(prefs, theme),
+      layout: { ...layout, paper_bgcolor: theme.surface, plot_bgcolor: theme.surface, title, margin: { ...layout.margin, t: 84 } },
+    };
+    return Plotly.toImage(figure, { format: "png", width: 1200, height: 640, scale: 2 });
+  }
+}
