@@ -46,7 +46,7 @@ def read_folder(folder: Path, *, roots: Sequence[Path]) -> dict[str, Any]:
     files = _list(folder)
     _refuse_code(files)
     config = load_json(_file(folder, "config.json", roots), limit=CONFIG_LIMIT, what="config.json")
-    _refuse_config(config)
+    check_config(config)
     weights = _weight_files(files)
     _require_tokenizer(files, folder, roots)
     tensors: dict[str, tuple[int, ...]] = {}
@@ -197,7 +197,8 @@ def _object(raw: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _refuse_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse what needs code, is quantized, or does not generate text."""
     if any(key in config for key in CODE_KEYS):
         raise FolderProblem(
             "config.json names code to be run (auto_map), which the studio never does. Use a model whose "
