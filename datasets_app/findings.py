@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import IO, Any, Literal
 
 from datasets_app.formats.pair import Problem
+from datasets_app.offsets import Offsets
 
 MAX_KEPT = 1_000_000  # findings in the file; beyond that they are counted only, and the last line says so
 
@@ -56,17 +58,25 @@ def error(problem: Problem, *, line: int, item: int) -> Finding:
 
 
 class FindingsFile:
-    """Writes findings as they come and counts them by level."""
+    """Writes findings as they come and counts them; those about the whole file are kept at hand as well."""
 
     def __init__(self, out: IO[bytes]) -> None:
         self._out = out
         self.counts: dict[str, int] = {"error": 0, "warning": 0}
+        self.by_code: Counter[str] = Counter()
+        self.whole_file: list[dict[str, Any]] = []
+        self.offsets = Offsets()
 
     def add(self, finding: Finding) -> None:
         total = sum(self.counts.values())
         self.counts[finding.level] += 1
+        self.by_code[finding.code] += 1
+        if not finding.line:
+            self.whole_file.append(dataclasses.asdict(finding))
         if total < MAX_KEPT:
-            self._out.write(finding.to_json().encode("utf-8", "replace") + b"\n")
+            raw = finding.to_json().encode("utf-8", "replace") + b"\n"
+            self.offsets.add(len(raw))
+            self._out.write(raw)
         elif total == MAX_KEPT:
             last: dict[str, Any] = {
                 "found": f"More than {MAX_KEPT:,} findings; the others are counted, not listed."

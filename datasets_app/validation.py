@@ -126,6 +126,10 @@ class Validation:
             refused = "No line of the file could be used as a preference pair. See the findings."
         stats = self._statistics.to_json(num_prompts=len(self._checks.prompts))
         stats["offsets"] = self._offsets.to_json()
+        stats["issue_offsets"] = self._findings.offsets.to_json()
+        stats["num_findings"] = sum(self._findings.counts.values())
+        stats["by_code"] = dict(self._findings.by_code.most_common())
+        stats["whole_file"] = self._findings.whole_file
         return Report(
             format=self._shape.key if self._shape else "",
             problem="" if count else refused,

@@ -264,6 +264,7 @@ DATA_UPLOAD_MAX_NUMBER_FIELDS = 500
 FILE_UPLOAD_TEMP_DIR = DATA_DIR / "uploads"
 FILE_UPLOAD_TEMP_DIR.mkdir(exist_ok=True)
 FILE_UPLOAD_PERMISSIONS = 0o600
+FILE_UPLOAD_HANDLERS = ["datasets_app.uploads.StreamingUploadHandler"]  # counts while it streams
 
 # --- static files ---------------------------------------------------------------------------------
 PLOTLY_VERSION = package_version("plotly")

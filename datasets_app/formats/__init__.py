@@ -1,4 +1,4 @@
-"""The shapes of preference data the studio reads. To add one: a file in `shapes/` with a `FORMAT`, and a test.
+"""The shapes of preference data the studio reads. To add one: a file in `shapes/` with a `FORMAT`, a test.
 
 Pure: JSON and bytes in, canonical pairs out; no Django. The engine may import this too.
 """
