@@ -10,6 +10,19 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.test import Client
 
+from tests.browser import browser, open_page, page  # noqa: F401 - fixtures
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fast part first, so that a mistake is seen early; then what is slow; the browser last."""
+
+    def order(item: pytest.Item) -> int:
+        if item.get_closest_marker("e2e"):
+            return 2
+        return 1 if item.get_closest_marker("slow") else 0
+
+    items.sort(key=order)
+
 
 @pytest.fixture
 def data_dir(tmp_path: Path, settings: Any) -> Path:

@@ -12,6 +12,7 @@ from django.contrib.auth.models import User
 from django.db import transaction
 from django.utils import timezone
 
+from datasets_app.services import example_dataset_ensure
 from studio.accounts.models import FirstRunLink
 
 logger = logging.getLogger("studio.accounts")
@@ -74,8 +75,6 @@ def password_set(*, user: User, password: str) -> None:
 def welcome(user: User) -> None:
     """At somebody's first sign-in: their example dataset. Not having it must not keep them out."""
     try:
-        from datasets_app.services import example_dataset_ensure
-
         example_dataset_ensure(user)
     except Exception:
         logger.exception("The example dataset could not be made for %s", user.pk)

@@ -21,12 +21,7 @@ from studio.launch import starter
 from studio.launch.console import Console
 from studio.launch.supervisor import CannotStart, Plan, Supervisor, listen, lock_data_dir
 from studio.staticfiles import collect_if_changed
-
-try:
-    from training.services.base_models import catalogue_ensure
-except ImportError:  # INTERIM: until the catalogue lands
-
-    def catalogue_ensure() -> None: ...
+from training.services.base_models import catalogue_ensure
 
 
 class Command(BaseCommand):
