@@ -1,7 +1,8 @@
 """Checkpoints: tensors as safetensors, state as JSON, a sealed manifest of hashes. Complete or not there.
 
-A checkpoint is written beside, flushed, renamed into place and read back before an older one goes. Loading takes the
-newest that verifies; a damaged one of this run is set aside as `.bad`. Nothing is resumed without optimizer state.
+A checkpoint is written beside, flushed, renamed into place and read back before an older one goes. Loading
+takes the newest that verifies; a damaged one of this run is set aside as `.bad`. No resume without
+optimizer state.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def save_checkpoint(
 def find_checkpoint(
     run_dir: Path, resume_from: str, identity: Identity, *, say: Callable[[str], None]
 ) -> Loaded | None:
-    """The newest verified checkpoint of this trajectory: of this run directory first, then where `resume_from` lies."""
+    """The newest verified checkpoint of this trajectory: of this run first, then where `resume_from` lies."""
     for path in _candidates(run_dir, resume_from):
         own = path.parent == run_dir / CHECKPOINTS_DIR
         try:

@@ -1,8 +1,8 @@
 """Pairs as token ids: reading, the chat template, the rule for over-long pairs. Knows no model.
 
-The rule for a pair whose longer side passes `max_length`: the prompt loses tokens from its left first, down to an
-eighth of `max_length` (a leading BOS token stays), then the completions lose their ends. A pair whose two
-completions are then the same, or one of them empty, is dropped. Everything cut or dropped is counted.
+The rule for a pair whose longer side passes `max_length`: the prompt loses tokens from its left first, down
+to an eighth of `max_length` (a leading BOS token stays), then the completions lose their ends. A pair whose
+two completions are then the same, or one of them empty, is dropped. Everything cut or dropped is counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROMPT_SHARE = 8  # a cut prompt keeps at least max_length / PROMPT_SHARE tokens
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class TokenizedPair:
-    """One prompt and its two completions. The prompt has at least one token: it predicts the first of each."""
+    """One prompt and its two completions. The prompt is never empty: its last token predicts their first."""
 
     id: str
     prompt: Ids
@@ -67,17 +67,17 @@ class DataReport:
     def sentences(self, split: str, max_length: int) -> Iterator[str]:
         if self.truncated:
             yield (
-                f"{self.truncated} of {self.read} {split} pairs were longer than {max_length} tokens and were cut: "
-                "the start of the prompt first, then the ends of the answers."
+                f"{self.truncated} of {self.read} {split} pairs were longer than {max_length} tokens and "
+                "were cut: the start of the prompt first, then the ends of the answers."
             )
         if self.identical:
-            yield f"{self.identical} {split} pairs were dropped: their two answers are the same (after cutting)."
+            yield f"{self.identical} {split} pairs were dropped: their answers are the same (after cutting)."
         if self.empty:
             yield f"{self.empty} {split} pairs were dropped: a side had no tokens left."
         if self.refused_by_template:
             yield (
-                f"{self.refused_by_template} {split} pairs were dropped: the model's chat template refused them "
-                f"({self.template_message})."
+                f"{self.refused_by_template} {split} pairs were dropped: the model's chat template refused "
+                f"them ({self.template_message})."
             )
 
 
@@ -117,7 +117,7 @@ def tokenize_pairs(
     max_length: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[TokenizedPair], DataReport]:
-    """Render with the model's chat template, tokenise, cut. The completion is what the template adds to the prompt."""
+    """Render with the chat template, tokenise, cut. A completion is what the template adds to the prompt."""
     report = DataReport(read=len(pairs))
     kept: list[TokenizedPair] = []
     for start in range(0, len(pairs), RENDER_BATCH):
@@ -139,7 +139,7 @@ def tokenize_pairs(
 
 
 def _render(pair: dict[str, Any], tokenizer: Any, report: DataReport) -> list[str] | None:
-    """Texts of prompt, prompt + chosen, prompt + rejected; None when the template refuses the conversation."""
+    """Texts of prompt, prompt + chosen, prompt + rejected; None when the template refuses them."""
     from jinja2.exceptions import TemplateError
 
     def render(messages: list[dict[str, str]], *, generation: bool) -> str:
@@ -208,7 +208,7 @@ def data_sha256(pairs: Sequence[TokenizedPair]) -> str:
 def length_sorted_batches(
     pairs: Sequence[TokenizedPair], *, token_budget: int
 ) -> Iterator[list[TokenizedPair]]:
-    """For passes without gradient: longest first (memory peaks at once), about `token_budget` tokens a batch."""
+    """For passes without gradient: longest first (memory peaks at once), about `token_budget` tokens each."""
     batch: list[TokenizedPair] = []
     used = 0
     for pair in sorted(pairs, key=lambda pair: pair.num_tokens, reverse=True):

@@ -1,4 +1,4 @@
-"""From an exception to what a person reads: one sentence, what to do next, and the exit code. No torch in here."""
+"""From an exception to what a person reads: one sentence, what to do next, the exit code. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The held-out pairs under the policy: the metrics of a training step, and the exact divergence from the reference."""
+"""The held-out pairs under the policy: metrics as in training, and the exact KL from the reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluate(
     *,
     progress: Callable[[int], None],
 ) -> dict[str, float | None]:
-    """Values under `eval_` keys. Dropout is off; the same batches each time, so a difference is the model's."""
+    """Values under `eval_` keys. Dropout is off, batches are the same each time: a change is the model's."""
     window = Window(beta=config.beta)
     loss = loss_named(config.loss_type)
     device = policy.scorer.placement.device

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
 from training.contract import EVENTS_FILE, LOG_FILE, Event, PlanEvent, Split
 
@@ -78,8 +78,8 @@ class EventLog:
         self.write({"type": "log", "time": time.time(), "level": level, "text": text})
 
 
-def open_log(run_dir: Path) -> logging.Handler:
-    """Every logger's lines, Python warnings and the stacks of a crash go to engine.log."""
+def open_log(run_dir: Path) -> TextIO:
+    """Every logger's lines, Python warnings and the stacks of a crash go to engine.log. Returns it."""
     handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(formatter)
@@ -93,5 +93,6 @@ def open_log(run_dir: Path) -> logging.Handler:
     for noisy in ("httpx", "urllib3", "fsspec", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.captureWarnings(True)
-    faulthandler.enable(file=handler.stream, all_threads=True)
-    return handler
+    stream = cast(TextIO, handler.stream)
+    faulthandler.enable(file=stream, all_threads=True)
+    return stream

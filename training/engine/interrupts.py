@@ -7,9 +7,9 @@ import logging
 import os
 import signal
 import threading
-from io import TextIOBase
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from training.contract import STOP_FILE
 from training.engine.errors import InterruptedRunError
@@ -36,8 +36,8 @@ class Interrupts:
         if self.terminated:
             raise InterruptedRunError("The run was interrupted before a step was done.", "Start it again.")
 
-    def install(self, log_stream: TextIOBase) -> None:
-        """SIGTERM and Ctrl-C finish the step; SIGUSR1 writes all stacks to the log; EOF on stdin ends the process."""
+    def install(self, log_stream: TextIO) -> None:
+        """SIGTERM, Ctrl-C: finish the step. SIGUSR1: all stacks to the log. End of stdin: the parent died."""
         signal.signal(signal.SIGTERM, self._on_terminate)
         signal.signal(signal.SIGINT, self._on_terminate)
         faulthandler.register(signal.SIGUSR1, file=log_stream, all_threads=True)

@@ -1,7 +1,8 @@
 """From hidden states to log-probabilities: the vocabulary projection, on completion tokens only, in chunks.
 
-No chunk's logits outlive it. The projection is frozen under LoRA, and the log-probability of a token depends on its
-own hidden state alone, so the gradient is known in the forward: d logp / d hidden = W[label] - sum_v p_v W[v].
+No chunk's logits outlive it. The projection is frozen under LoRA, and the log-probability of a token
+depends on its own hidden state alone, so the forward knows the gradient: d logp / d hidden = W[label] -
+sum_v p_v W[v].
 """
 
 from __future__ import annotations
@@ -52,13 +53,17 @@ def log_partition(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return highest + total.log(), exponentials.div_(total)
 
 
+def _chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(tensor, CHUNK_ROWS)
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
         values, slopes = [], []
         wants_gradient = ctx.needs_input_grad[0]
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, targets in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
+            for rows, targets in zip(_chunks(hidden), _chunks(labels), strict=True):
                 logits = head.logits(rows)
                 partition, probabilities = log_partition(logits)
                 picked = logits.gather(-1, targets[:, None])
@@ -95,10 +100,10 @@ def sum_by_owner(values: torch.Tensor, owner: torch.Tensor, count: int) -> torch
 
 @torch.no_grad()
 def exact_kl(policy: torch.Tensor, reference: torch.Tensor, head: Head) -> torch.Tensor:
-    """KL(policy || reference) over the whole vocabulary at each position: hidden states [C, H] twice -> [C]."""
+    """KL(policy || reference) over the whole vocabulary at each position: hidden [C, H] twice -> [C]."""
     values = []
     with torch.autocast(policy.device.type, enabled=False):
-        for ours, theirs in zip(policy.split(CHUNK_ROWS), reference.split(CHUNK_ROWS), strict=True):
+        for ours, theirs in zip(_chunks(policy), _chunks(reference), strict=True):
             logits, other = head.logits(ours), head.logits(theirs)
             partition, probabilities = log_partition(logits)
             other_partition, _ = log_partition(other)
@@ -108,12 +113,12 @@ def exact_kl(policy: torch.Tensor, reference: torch.Tensor, head: Head) -> torch
 
 
 def sampled_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """An estimate of KL(policy || reference) from the data's own tokens: log-probabilities [C] twice -> [C], >= 0.
+    """KL(policy || reference) estimated on the data's tokens: log-probabilities [C] twice -> [C], >= 0.
 
-    With w = pi / ref: w log w - (w - 1). Its mean over tokens drawn from the reference is the divergence; the data's
-    tokens stand in for such draws. The same expression under draws from the policy is the k3 estimator of Schulman
-    (2020, "Approximating KL divergence"), exp(-log w) - 1 + log w: on rejected tokens, which training makes
-    unlikely, it grows without bound, while this one stays below 1 there.
+    With w = pi / ref: w log w - (w - 1). Its mean over tokens drawn from the reference is the divergence;
+    the data's tokens stand in for such draws. For draws from the policy the same idea is the k3 estimator
+    of Schulman (2020, "Approximating KL divergence"), 1 / w - 1 + log w: on rejected tokens, which training
+    makes unlikely, that one grows without bound, while this one stays below 1.
     """
     log_ratio = (policy.detach() - reference).double()
     return log_ratio * log_ratio.exp() - torch.expm1(log_ratio)

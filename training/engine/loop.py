@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class RunState:
-    """What a checkpoint carries beside tensors; JSON. Order and dropout need nothing: they follow from `step`."""
+    """What a checkpoint carries beside tensors, as JSON. Order and dropout follow from `step` alone."""
 
     step: int = 0  # optimizer steps done
     num_tokens: int = 0
@@ -125,7 +125,7 @@ class Loop:
         return losses, logps
 
     def _schedule(self) -> Callable[[int], float]:
-        """Learning rate of a step (0-based) as a share of the highest: a function, so there is nothing to restore."""
+        """Share of the highest learning rate at a step (0-based). A function: nothing to restore."""
         from transformers import get_scheduler
 
         total = self.order.total_steps
@@ -139,7 +139,7 @@ class Loop:
         return share
 
     def _step(self) -> None:
-        """One optimizer step: the gradient is the mean over its pairs, however they are cut into micro-batches."""
+        """One optimizer step: the gradient is the mean over its pairs, however micro-batches cut them."""
         began = time.monotonic()
         step = self.state.step
         learning_rate = self.config.learning_rate * self.schedule(step)

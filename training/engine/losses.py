@@ -1,4 +1,4 @@
-"""Preference losses as pure functions of summed log-probabilities. To add one: a function here, its name in LOSSES."""
+"""Preference losses: pure functions of summed log-probabilities. A new one goes into LOSSES."""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ class Window:
         rejected = rewards(logps.policy_rejected, logps.reference_rejected, beta=self.beta)
         margins = chosen - rejected
         columns = (
-            losses, chosen, rejected, margins, (margins > 0).double(), logps.policy_chosen, logps.policy_rejected
+            losses, chosen, rejected, margins, (margins > 0).double(),
+            logps.policy_chosen, logps.policy_rejected,
         )  # fmt: skip
         sums = torch.stack([column.detach().double().sum() for column in columns])
         self._sums = sums if self._sums is None else self._sums + sums

@@ -20,7 +20,7 @@ def mixed_seed(*parts: int | str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The order of pairs. A step holds batch_size * accumulation pairs; the last step of an epoch what is left."""
+    """A step holds batch_size * accumulation pairs; the last step of an epoch what is left."""
 
     num_pairs: int
     batch_size: int

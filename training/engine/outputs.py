@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter folder in peft's format, complete or not there, and the facts for the result."""
+"""What a run leaves behind: the adapter in peft's format, whole or not there, and facts for the result."""
 
 from __future__ import annotations
 

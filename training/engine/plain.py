@@ -1,4 +1,4 @@
-"""The reference implementation: each pair is two padded sequences. Right for every decoder; others are tested on it."""
+"""The plain layout: each pair is two padded sequences. Right for every decoder, and what others are tested on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def padded_states(
         row_index.append(np.full(len(columns), number))
     positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)
 
-    def tensor(array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     outputs = decoder(

@@ -184,7 +184,7 @@ def load_policy(config: RunConfig, placement: Placement, probe: Sequence[Tokeniz
 
 
 def use_fast_layout(policy: Policy, pairs: Sequence[TokenizedPair]) -> str:
-    """Switch to packed pairs if the model gives the same with them. A sentence says which layout runs and why."""
+    """Switch to packed pairs if the model gives the same with them. Says which layout runs, and why."""
     base, placement = policy.model.get_base_model(), policy.scorer.placement
     before = base.config._attn_implementation
     use_shared_prefix(base)
@@ -238,10 +238,7 @@ def _parts(base: Any) -> tuple[nn.Module, Head]:
     decoder = getattr(base, base.base_model_prefix, None)
     output = base.get_output_embeddings()
     if decoder is None or decoder is base or not isinstance(output, nn.Linear):
-        raise RefusedError(
-            f"Models of the type {base.config.model_type!r} cannot be trained here: the output layer is not known.",
-            "Choose a decoder model such as Llama, Qwen, Mistral, Gemma or SmolLM.",
-        )
+        raise _unknown_head(base)
     text = base.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(
         getattr(text, "logits_scaling", None) or 1.0
@@ -250,8 +247,15 @@ def _parts(base: Any) -> tuple[nn.Module, Head]:
     return decoder, Head(output.weight, output.bias, scale, softcap)
 
 
+def _unknown_head(base: Any) -> RefusedError:
+    return RefusedError(
+        f"Models of the type {base.config.model_type!r} have an output layer that is not known here.",
+        "Choose a decoder model such as Llama, Qwen, Mistral, Gemma or SmolLM.",
+    )
+
+
 def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
-    """The model's own logits against ours, once: an architecture that does something else to them is refused."""
+    """The model's own logits against ours, once: a head that does more than ours is refused."""
     ids = torch.from_numpy(pair.prompt[-32:].astype("int64"))[None].to(policy.scorer.placement.device)
     size = policy.head.weight.shape[0]
     if int(max(part.max() for part in (pair.prompt, pair.chosen, pair.rejected))) >= size:
@@ -268,10 +272,7 @@ def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
             "Download the base model again, or choose another.",
         )
     if float((ours - theirs).abs().max()) > (PROBE_TOLERANCE if policy.scorer.placement.exact else 0.5):
-        raise RefusedError(
-            f"Models of the type {base.config.model_type!r} cannot be trained here: their output layer is not known.",
-            "Choose a decoder model such as Llama, Qwen, Mistral, Gemma or SmolLM.",
-        )
+        raise _unknown_head(base)
 
 
 def _new_adapter(base: Any, config: RunConfig) -> Any:
@@ -306,7 +307,7 @@ def _continue_adapter(base: Any, config: RunConfig) -> Any:
             "Choose another model to start from.",
         )
     try:
-        settings = PeftConfig.from_pretrained(folder)
+        settings = PeftConfig.from_pretrained(str(folder))
         if not isinstance(settings, LoraConfig):
             raise ValueError(f"it is of the kind {settings.peft_type}, not LoRA")
         settings.lora_dropout = config.lora_dropout

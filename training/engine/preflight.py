@@ -1,4 +1,4 @@
-"""What can be refused before torch is imported: settings that this engine does not have, files that are not there."""
+"""What can be refused before torch is imported: settings not known here, files that are not there."""
 
 from __future__ import annotations
 

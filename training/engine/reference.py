@@ -1,9 +1,9 @@
 """Log-probabilities of the reference, computed once and kept on disk for every later run.
 
 Content-addressed: a folder per reference (its weights and precision), a record per pair named by the hash
-of the token ids that the reference saw, so tokenizer, template and `max_length` are in the name. A shard's file name
-is the hash of its bytes: a half-written or damaged one does not match its name and is removed. Each run writes its
-own shards, so any number of them may share the folder.
+of the token ids that the reference saw: tokenizer, template and `max_length` are in that. A shard's file
+name is the hash of its bytes: a half-written or damaged one does not match its name and is removed. Each
+run writes its own shards, so any number of them may share the folder.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def score_reference(
     progress: Callable[[int, int], None],
     check: Callable[[], None] = lambda: None,
 ) -> ReferenceLogps:
-    """One length-sorted pass over the pairs that the cache does not have. `check` may raise to leave early."""
+    """One length-sorted pass over the pairs that the cache does not have. `check` may raise to leave."""
     records = ReferenceLogps(folder / reference_key(policy))
     records.load(pairs)
     todo = {pair.digest(): pair for pair in pairs if pair not in records}
@@ -129,7 +129,7 @@ def score_reference(
                 states = policy.scorer(batch)
                 values = token_logps(states.hidden, states.labels, policy.head).float().cpu()
                 lengths = [pair.num_completion_tokens for pair in batch]
-                for pair, part in zip(batch, values.split(lengths), strict=True):
+                for pair, part in zip(batch, torch.split(values, lengths), strict=True):
                     records.add(pair, part.numpy().copy())
                 done += len(batch)
                 progress(done, len(pairs))

@@ -1,4 +1,4 @@
-"""One run of the engine from its start to its exit code: log, signals, result.json. The training itself is train.py."""
+"""One run from its start to its exit code: log, signals, result.json. The training itself is train.py."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 def main(run_dir: Path) -> int:
     """The `train` subcommand."""
     run_dir = run_dir.absolute()
-    handler = open_log(run_dir)
+    stream = open_log(run_dir)
     interrupts = Interrupts(run_dir)
-    interrupts.install(handler.stream)  # type: ignore[attr-defined]
+    interrupts.install(stream)
     with EventLog(run_dir) as events:
         return run(run_dir, events=events, interrupts=interrupts)
 

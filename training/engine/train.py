@@ -27,11 +27,11 @@ from training.engine.reference import score_reference
 
 logger = logging.getLogger(__name__)
 
-# Settings that may differ between an attempt and the one it continues: where files are, when to save and look,
-# and how a step's pairs are cut into micro-batches (their product is part of the identity).
+# Settings that may differ between an attempt and the one it continues: where files are, when to save and
+# look, and how a step's pairs are cut into micro-batches (their product is part of the identity).
 NOT_IDENTITY = {
-    "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name", "reference_cache_dir",
-    "resume_from", "eval_steps", "save_steps", "save_seconds", "device", "dtype", "gradient_checkpointing",
+    "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name",
+    "reference_cache_dir", "resume_from", "eval_steps", "save_steps", "save_seconds", "device", "dtype", "gradient_checkpointing",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
 
@@ -140,7 +140,7 @@ def make_quiet_and_deterministic() -> None:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True, warn_only=True)
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
 
