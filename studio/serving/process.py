@@ -96,11 +96,11 @@ class ChatProcess:
 
     async def _ended(self) -> ChatEnded:
         code = await self._wait()
-        logger.error("chat process %s ended with %s; see %s", self.pid, code, Path(settings.LOGS_DIR) / "chat.log")
+        logger.error("chat process %s ended with %s; see logs/chat.log", self.pid, code)
         if code == -signal.SIGKILL:
             return ChatEnded(
-                "The process that answers was killed, most likely because memory ran out. Send the prompt again: "
-                "it starts anew. If that repeats, wait until running tasks have ended."
+                "The process that answers was killed, most likely because memory ran out. Send the prompt "
+                "again: it starts anew. If that repeats, wait until running tasks have ended."
             )
         return ChatEnded(
             "The process that answers ended unexpectedly. Send the prompt again: it starts anew. "
@@ -127,5 +127,6 @@ class ChatProcess:
 
 def _environment() -> dict[str, str]:
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path(settings.DATA_DIR) / "hf"), "TOKENIZERS_PARALLELISM": "false"}
-    return passed | own | settings.ENGINE_ENV
+    home = str(Path(settings.DATA_DIR) / "hf")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "TOKENIZERS_PARALLELISM": "false"}
+    return passed | offline | settings.ENGINE_ENV

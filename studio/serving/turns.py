@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,7 +60,7 @@ class ChatRoom:
         """Of the living chat process, if there is one."""
         return self._process.pid if self._process and self._process.is_alive else None
 
-    async def answer(self, question: Question) -> AsyncIterator[PageEvent]:
+    async def answer(self, question: Question) -> AsyncGenerator[PageEvent, None]:
         """Events up to the end. Closing this generator cancels the answer and frees the place in the line.
 
         The turn runs in its own task, so that a browser which stops reading does not keep the others waiting.
@@ -111,7 +111,10 @@ class ChatRoom:
     async def _loaded_process(self, question: Question, say: Say) -> ChatProcess:
         if self._process is not None and self._unfinished:
             await self._settle(self._process)
-        if self._process is not None and (not self._process.is_alive or self._model_path != question.model_path):
+        stale = self._process is not None and (
+            not self._process.is_alive or self._model_path != question.model_path
+        )
+        if self._process is not None and stale:
             process, self._process = self._process, None
             await process.close()  # the old model's memory is free before the new one's is taken
         if self._process is None:
@@ -130,7 +133,8 @@ class ChatRoom:
         event = await process.receive(LOAD_SECONDS)
         self._unfinished = False
         if event["type"] != "ready":
-            raise ChatEnded(event["text"] if event["type"] == "error" else "The model could not be loaded. Try again.")
+            text = event["text"] if event["type"] == "error" else "The model could not be loaded. Try again."
+            raise ChatEnded(text)
         self._adapters = dict(question.adapters)
         # A process that was there already only took new adapters: that time says nothing of a start.
         self._load_seconds[question.model_path] = max(
@@ -209,5 +213,5 @@ _rooms: WeakKeyDictionary[asyncio.AbstractEventLoop, ChatRoom] = WeakKeyDictiona
 
 
 def chat_room() -> ChatRoom:
-    """The room of the running event loop: a server has one loop, and pipes belong to the loop that made them."""
+    """The room of the running event loop: a server has one, and pipes belong to the loop that made them."""
     return _rooms.setdefault(asyncio.get_running_loop(), ChatRoom())

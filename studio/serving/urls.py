@@ -1,8 +1,13 @@
-"""Addresses of this part."""
+"""Addresses of Try it."""
 
 from __future__ import annotations
 
-from django.urls import URLPattern, URLResolver
+from django.urls import path
+
+from studio.serving import views
 
 app_name = "serving"
-urlpatterns: list[URLPattern | URLResolver] = []
+urlpatterns = [
+    path("<uuid:model_id>/try/", views.try_model, name="try"),
+    path("<uuid:model_id>/try/stream/", views.stream, name="stream"),
+]

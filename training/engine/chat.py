@@ -1,6 +1,6 @@
 """The chat process: JSON lines in on stdin, JSON lines out on stdout (`training.contract`, Chat…).
 
-Holds one base model and any number of adapters beside it. Ends when stdin closes. Knows nothing of people or rows.
+Holds one base model and any number of adapters beside it. Ends when stdin closes. Knows neither people nor rows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import psutil
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.contract import ChatEvent, ChatGenerate, ChatLoad, ChatRequest
@@ -43,16 +45,16 @@ class Models:
         folder = Path(model_path)
         if not (folder / "config.json").is_file():
             raise ChatRefused(
-                f"The base model's files are not in {folder.name} any more. Choose the base model again in a new "
-                "task, which brings them back, or restore the folder."
+                f"The base model's files are not in {folder.name} any more. Choose the base model again in a "
+                "new task, which brings them back, or restore the folder."
             )
         self.model_path = model_path
         self.device, dtype = choose_device(folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.base: Any = AutoModelForCausalLM.from_pretrained(
+        base: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
-        self.base.to(self.device).eval().requires_grad_(False)
+        self.base: Any = base.to(self.device).eval().requires_grad_(False)
         self.dtype = str(dtype).removeprefix("torch.")
         self.sides: dict[str, Any] = {BASE_SIDE: self.base}
         self._paths: dict[str, str] = {}
@@ -76,17 +78,29 @@ class Models:
             raise ChatRefused(
                 "The files of this model are gone. It cannot be tried; delete it or restore its folder."
             )
-        shared = {id(tensor): tensor for tensor in (*self.base.parameters(), *self.base.buffers())}
-        skeleton = copy.deepcopy(self.base, cast("dict[int, Any]", shared))
+        shared: dict[int, Any] = {
+            id(tensor): tensor for tensor in (*self.base.parameters(), *self.base.buffers())
+        }
+        skeleton = copy.deepcopy(self.base, shared)
         try:
             peft_model = PeftModel.from_pretrained(skeleton, folder, is_trainable=False)
-        except (RuntimeError, ValueError, KeyError) as error:
+            check_every_weight_has_a_place(peft_model, folder)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             log.exception("adapter %s does not fit", folder)
             raise ChatRefused(
-                "The adapter does not fit this base model: it was trained on another one, or its files are damaged. "
-                "Look at the base model on the model's page."
+                "The adapter does not fit this base model: it was trained on another one, or its files are "
+                "damaged. Look at the base model on the model's page."
             ) from error
         return peft_model.eval().get_base_model()  # the adapter's layers sit inside it
+
+
+def check_every_weight_has_a_place(peft_model: Any, folder: Path) -> None:
+    """peft only warns about weights that it could not put anywhere; the answers would be the bare base's."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    lost = names ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    if lost:
+        raise ValueError(f"{len(lost)} weights without a place, {min(lost)} among them")
 
 
 def choose_device(folder: Path) -> tuple[torch.device, torch.dtype]:
@@ -118,7 +132,10 @@ def bytes_per_weight(folder: Path) -> int:
 def prompt_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """The conversation as the model was trained to read it, up to where its answer begins."""
     if not tokenizer.chat_template:
-        return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
+        raise ChatRefused(
+            "The base model has no chat template, so nobody can say how it reads a conversation. "
+            "Put a chat_template.jinja file into its folder."
+        )
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     except Exception as error:  # the template is the model's own program: it may raise anything
@@ -236,7 +253,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    """Takes no arguments: what to load comes by the first line."""
+    if arguments:
+        raise SystemExit(f"chat takes no arguments, found {' '.join(arguments)}")
     die_with_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     events = os.fdopen(os.dup(1), "wb")

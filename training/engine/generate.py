@@ -1,6 +1,6 @@
 """Answers token by token: sampling, stopping, and text that never breaks inside a character.
 
-Knows a model, a tokenizer and token ids. Knows nothing of pipes or people, nor of which adapter a model carries.
+Knows a model, a tokenizer and token ids; neither pipes nor people, nor which adapter a model carries.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Sampling:
 
 
 class Sampler:
-    """One draw per token from softmax(logits / temperature), cut to the smallest set whose mass reaches top_p.
+    """One draw a token from softmax(logits / temperature), cut to the smallest set whose mass reaches top_p.
 
-    Every side has its own generator with the same seed and turns one uniform number a step into a token, so two
-    sides with equal predictions give equal answers and a difference on screen is a difference of the models.
+    Every side has its own generator with the same seed and turns one uniform number a step into a token, so
+    two sides with equal predictions give equal answers: a difference on screen is one of the models.
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -173,8 +173,8 @@ class Answer:
 def generate(answers: Sequence[Answer], *, is_cancelled: Callable[[], bool]) -> Iterator[Piece]:
     """A token of each side in turn, so that the sides appear together.
 
-    Why not both sides in one batch: peft can mix adapters in a batch, but the matrix products of a batch of two round
-    differently. In float32 the logits differ by 4e-5; in bfloat16 the text itself was another one within 40 tokens.
+    Why not both sides in one batch: peft can mix adapters in a batch, but the matrix products of a batch of two
+    round differently. In float32 the logits differ by 4e-5; in bfloat16 the text was another one after 40 tokens.
     """
     active = list(answers)
     while active:
