@@ -236,8 +236,12 @@ CONTENT_SECURITY_POLICY = {
     "DIRECTIVES": {
         "default-src": [SELF],
         "script-src": [SELF],
-        # The first hash is that of the empty <style> Plotly creates and fills by insertRule.
-        "style-src-elem": [SELF, "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='"],
+        "style-src-elem": [
+            SELF,
+            # Two <style> elements of plotly 7.1.0: one empty and filled by insertRule, one with its map's rules.
+            "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='",
+            "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='",
+        ],
         "style-src-attr": ["'unsafe-inline'"],  # Plotly positions its layers with style attributes
         "img-src": [SELF, "data:", "blob:"],
         "connect-src": [SELF],
@@ -284,6 +288,7 @@ STORAGES = {
 # Collected by `manage.py studio`; any other process serves the files as they lie.
 WHITENOISE_USE_FINDERS = DEBUG or not (STATIC_ROOT / "staticfiles.json").exists()
 WHITENOISE_AUTOREFRESH = DEBUG
+WHITENOISE_IMMUTABLE_FILE_TEST = r"^/static/plotly-[0-9.]+/"  # the version is in the address
 WHITENOISE_KEEP_ONLY_HASHED_FILES = True
 STATIC_ROOT.mkdir(exist_ok=True)
 
