@@ -288,7 +288,6 @@ STORAGES = {
 # Collected by `manage.py studio`; any other process serves the files as they lie.
 WHITENOISE_USE_FINDERS = DEBUG or not (STATIC_ROOT / "staticfiles.json").exists()
 WHITENOISE_AUTOREFRESH = DEBUG
-WHITENOISE_IMMUTABLE_FILE_TEST = r"^/static/plotly-[0-9.]+/"  # the version is in the address
 WHITENOISE_KEEP_ONLY_HASHED_FILES = True
 STATIC_ROOT.mkdir(exist_ok=True)
 
