@@ -292,7 +292,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(path: Path) -> int:
-    """The step of a checkpoint whose every byte is as it was written; else `ValueError` names what is wrong."""
+    """The step of a checkpoint whose every byte is as it was written, or `ValueError` with what is wrong."""
     manifest = read_manifest(path)
     files = manifest["files"]
     missing = [name for name in CHECKPOINT_FILES if name not in files]

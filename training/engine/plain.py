@@ -1,4 +1,4 @@
-"""The plain layout: each pair is two padded sequences. Right for every decoder, and what others are tested on."""
+"""The plain layout: each pair is two padded sequences. Right for every decoder; the measure of the others."""
 
 from __future__ import annotations
 

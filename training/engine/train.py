@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 # look, and how a step's pairs are cut into micro-batches (their product is part of the identity).
 NOT_IDENTITY = {
     "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name",
-    "reference_cache_dir", "resume_from", "eval_steps", "save_steps", "save_seconds", "device", "dtype", "gradient_checkpointing",
-    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "reference_cache_dir", "resume_from", "eval_steps", "save_steps", "save_seconds", "device", "dtype",
+    "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
 
 

@@ -1,0 +1,94 @@
+"""A tiny model shared by all engine tests, run directories over it, and the engine called in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from tests.tiny import build_tiny_model, build_tiny_pairs
+from training.contract import RunConfig
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@dataclasses.dataclass
+class RunFolder:
+    """A run directory and how to run it here."""
+
+    path: Path
+    config: RunConfig
+
+    def write(self, **changes: Any) -> RunFolder:
+        self.config = dataclasses.replace(self.config, **changes)
+        (self.path / "config.json").write_text(self.config.to_json())
+        return self
+
+    def train(self, interrupts: Any = None) -> int:
+        from training.engine.events import EventLog
+        from training.engine.interrupts import Interrupts
+        from training.engine.session import run
+
+        with EventLog(self.path) as events:
+            return int(run(self.path, events=events, interrupts=interrupts or Interrupts(self.path)))
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / "result.json").read_text()))
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "events.jsonl").read_text().splitlines()]
+
+    def texts(self) -> str:
+        return "\n".join(event["text"] for event in self.events if event["type"] == "log")
+
+    def points(self, split: str) -> dict[int, dict[str, Any]]:
+        """Metric values by step, without what the clock says."""
+        return {
+            event["step"]: {k: v for k, v in event["values"].items() if k != "tokens_per_second"}
+            for event in self.events
+            if event["type"] == "metrics" and event["split"] == split
+        }
+
+
+NewRun = Callable[..., RunFolder]
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, tiny_model: Path) -> NewRun:
+    """`new_run("a", learning_rate=…)`: a run directory with its own small pairs and fast settings."""
+
+    def make(name: str = "run", *, pairs: int = 16, eval_pairs: int = 4, **settings: Any) -> RunFolder:
+        path = tmp_path / name
+        path.mkdir()
+        train = build_tiny_pairs(tmp_path / f"train-{pairs}.jsonl", pairs)
+        held_out = build_tiny_pairs(tmp_path / f"eval-{eval_pairs}.jsonl", eval_pairs) if eval_pairs else ""
+        defaults: dict[str, Any] = {
+            "run_id": name,
+            "model_path": str(tiny_model),
+            "train_path": str(train),
+            "eval_path": str(held_out),
+            "reference_cache_dir": str(tmp_path / "reference"),
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 2e-3,
+            "save_steps": 2,
+            "device": "cpu",
+        }
+        return RunFolder(path, RunConfig(**(defaults | settings))).write()
+
+    return make

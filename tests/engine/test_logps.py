@@ -1,0 +1,93 @@
+"""Log-probabilities, their gradient and the divergence against naive loops in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from training.engine import logps
+from training.engine.logps import Head, exact_kl, sampled_kl, sum_by_owner, token_logps
+
+ROWS, WIDTH, VOCABULARY = 37, 16, 211
+
+
+def draws(dtype: torch.dtype, **head: Any) -> tuple[torch.Tensor, torch.Tensor, Head]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    return hidden.requires_grad_(), labels, Head(weight, None, **head)
+
+
+def naive(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = hidden.double() @ head.weight.double().T * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return torch.stack(
+        [row[label] - torch.logsumexp(row, 0) for row, label in zip(logits, labels, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"scale": 0.25}, {"scale": 2.0, "softcap": 5.0}])
+@pytest.mark.parametrize("chunk", [5, 256])
+def test_values_and_gradients_equal_a_naive_loop(
+    head: dict[str, float], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logps, "CHUNK_ROWS", chunk)
+    hidden, labels, output = draws(torch.float64, **head)
+    upstream = torch.linspace(-2, 3, ROWS, dtype=torch.float64)
+    values = token_logps(hidden, labels, output)
+    (values * upstream).sum().backward()
+    ours, hidden.grad = hidden.grad, None
+    expected = naive(hidden, labels, output)
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours, hidden.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_float32_is_close_to_float64() -> None:
+    hidden, labels, output = draws(torch.float32)
+    values = token_logps(hidden, labels, output)
+    torch.testing.assert_close(values.double(), naive(hidden, labels, output), rtol=1e-6, atol=1e-6)
+
+
+def test_summing_many_tokens_loses_nothing() -> None:
+    values = torch.full((10_000,), -0.1, dtype=torch.float32)
+    total = sum_by_owner(values, torch.zeros(10_000, dtype=torch.int64), 2)
+    assert total[0].item() == pytest.approx(10_000 * float(values[0]), rel=1e-12)
+    assert total[1].item() == 0.0
+
+
+def test_exact_divergence_equals_a_naive_loop_and_is_zero_for_equal_states() -> None:
+    hidden, _, output = draws(torch.float64)
+    other = hidden.detach() + 0.3 * torch.randn(ROWS, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        p = torch.log_softmax(hidden @ output.weight.T, -1)
+        q = torch.log_softmax(other @ output.weight.T, -1)
+    expected = [
+        sum(math.exp(a) * (a - b) for a, b in zip(x, y, strict=True))
+        for x, y in zip(p.tolist(), q.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(
+        exact_kl(hidden, other, output), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
+    assert exact_kl(hidden, hidden, output).abs().max().item() == 0.0
+
+
+def test_sampled_divergence_converges_to_the_exact_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.log_softmax(torch.randn(20, generator=generator, dtype=torch.float64), 0)
+    noise = torch.randn(20, generator=generator, dtype=torch.float64)
+    policy = torch.log_softmax(reference + 0.5 * noise, 0)
+    exact = (policy.exp() * (policy - reference)).sum().item()
+    tokens = torch.multinomial(reference.exp(), 200_000, replacement=True, generator=generator)
+    estimate = sampled_kl(policy[tokens], reference[tokens])
+    assert bool((estimate >= 0).all())
+    assert estimate.mean().item() == pytest.approx(exact, rel=0.02)
+
+
+def test_sampled_divergence_stays_small_on_tokens_made_unlikely() -> None:
+    assert sampled_kl(torch.tensor([-200.0]), torch.tensor([-1.0])).item() == pytest.approx(1.0)
