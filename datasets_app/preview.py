@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from datasets_app.findings import Finding
+from datasets_app.findings import MAX_KEPT, Finding
 from datasets_app.formats.pair import Pair
 from datasets_app.lengths import PARTS
 from datasets_app.models import Dataset
@@ -29,6 +29,32 @@ def read_findings(dataset: Dataset, *, start: int = 0, count: int = 50) -> list[
     offsets = dataset.stats.get("issue_offsets") or {}
     lines = read_lines(dataset.issues_path, start=start, count=count, offsets=offsets)
     return [Finding.from_json(line) for line in lines]
+
+
+class Pairs:
+    """All pairs as a paginator wants them: counted without reading, sliced by reading only the slice."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return self._dataset.num_pairs if self._dataset.is_ready else 0
+
+    def __getitem__(self, wanted: slice) -> list[Pair]:
+        return read_pairs(self._dataset, start=wanted.start, count=wanted.stop - wanted.start)
+
+
+class Findings:
+    """The same for the findings that are listed in the file."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return min(int(self._dataset.stats.get("num_findings", 0)), MAX_KEPT)
+
+    def __getitem__(self, wanted: slice) -> list[Finding]:
+        return read_findings(self._dataset, start=wanted.start, count=wanted.stop - wanted.start)
 
 
 def whole_file_findings(dataset: Dataset) -> list[Finding]:
@@ -108,12 +134,21 @@ def length_bias(dataset: Dataset) -> str:
     )
 
 
-def summary(dataset: Dataset) -> dict[str, Any]:
-    """The figures of the facts list."""
+def summary(dataset: Dataset) -> dict[str, str]:
+    """The figures of the facts list, in words."""
     stats, count = dataset.stats, max(dataset.num_pairs, 1)
+
+    def share(key: str) -> str:
+        return f"{stats.get(key, 0):,} ({stats.get(key, 0) / count:.0%})"
+
+    difference = stats.get("mean_length_difference", 0.0)
+    tokens = stats.get("tokens_estimate", {})
     return {
-        "multi_turn": stats.get("num_multi_turn", 0) / count,
-        "system": stats.get("num_system", 0) / count,
-        "chosen_longer": stats.get("num_chosen_longer", 0) / count,
         "size": readable_size(dataset.size_bytes),
+        "multi_turn": share("num_multi_turn"),
+        "system": share("num_system"),
+        "chosen_longer": share("num_chosen_longer"),
+        "difference": f"{difference:+,.0f} characters on average",
+        "tokens": " · ".join(f"{part} {tokens.get(part, 0):,.0f}" for part in PARTS),
+        "longest": f"about {tokens.get('total_max', 0):,} tokens",
     }

@@ -9,7 +9,6 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -169,14 +168,19 @@ def dataset_validate_again(dataset: Dataset) -> bool:
     return changed == 1
 
 
-def tasks_using(dataset: Dataset) -> Sequence[Any]:
-    """Tasks that still read these pairs, for training or validation. (Tasks are known by relation only.)"""
-    used = [
-        task
+def tasks_mentioning(dataset: Dataset) -> list[Any]:
+    """All tasks that name this dataset, for training or validation. (Tasks are known by relation only.)"""
+    tasks = {
+        task.pk: task
         for relation in ("tasks", "validates_tasks")
-        for task in getattr(dataset, relation).filter(status__in=TASK_NEEDS_ITS_DATA)
-    ]
-    return list({task.pk: task for task in used}.values())
+        for task in getattr(dataset, relation).all()
+    }
+    return list(tasks.values())
+
+
+def tasks_using(dataset: Dataset) -> list[Any]:
+    """Those that still read its pairs."""
+    return [task for task in tasks_mentioning(dataset) if task.status in TASK_NEEDS_ITS_DATA]
 
 
 def dataset_delete(dataset: Dataset) -> None:
