@@ -100,6 +100,11 @@ def env_secret(name: str) -> str:
         ) from None
 
 
+def known() -> frozenset[str]:
+    """Every variable that has been asked for so far."""
+    return frozenset(_known)
+
+
 def env_file(name: str, default: Path) -> None:
     """Read `NAME=value` lines into the environment; what is set there already wins. `none` reads no file."""
     raw = env_str(name)
