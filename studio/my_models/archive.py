@@ -42,7 +42,7 @@ def _is_plain(path: Path) -> bool:
 
 
 class _Outbox:
-    """What the zip writer has written and nobody has sent yet. It cannot seek: the writer never looks back."""
+    """What the zip writer has written and nobody has sent yet. It cannot seek."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []

@@ -65,7 +65,7 @@ def model_detail(request: HtmxRequest, model_id: UUID) -> HttpResponse:
 @require_http_methods(["GET", "POST"])
 @vary_on_headers("HX-Request")
 def model_rename(request: HtmxRequest, model_id: UUID) -> HttpResponse:
-    """GET: the name as a field (a page of its own without JavaScript). `?as=text` gives the name back unedited."""
+    """GET: the name as a field, on a page of its own without JavaScript. `?as=text`: the name, unedited."""
     model = model_for(request, model_id)
     if request.method == "GET":
         form = None if request.GET.get("as") == "text" else RenameForm(initial={"name": model.name})

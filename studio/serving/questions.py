@@ -19,11 +19,11 @@ def why_not(model: TrainedModel) -> str:
     base = model.base_model
     if base is None or not base.is_ready or not (Path(base.path) / "config.json").is_file():
         return (
-            f"The base model {model.base_model_name} is not on this machine any more, so nothing can answer. "
+            f"The base model {model.base_model_name} is not on this machine any more: nothing can answer. "
             "Choose it in step 1 of a new task, which brings it back."
         )
     if not (model.folder / "adapter_model.safetensors").is_file():
-        return "The files of this model are not on disk, so it cannot be tried. Restore its folder, or delete it."
+        return "The files of this model are not on disk, so it cannot be tried. Restore them or delete it."
     return ""
 
 

@@ -1,6 +1,6 @@
 """The chat process: JSON lines in on stdin, JSON lines out on stdout (`training.contract`, Chat…).
 
-Holds one base model and any number of adapters beside it. Ends when stdin closes. Knows neither people nor rows.
+Holds one base model and any number of adapters beside it. Ends when stdin closes. Knows no rows.
 """
 
 from __future__ import annotations

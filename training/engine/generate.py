@@ -173,8 +173,8 @@ class Answer:
 def generate(answers: Sequence[Answer], *, is_cancelled: Callable[[], bool]) -> Iterator[Piece]:
     """A token of each side in turn, so that the sides appear together.
 
-    Why not both sides in one batch: peft can mix adapters in a batch, but the matrix products of a batch of two
-    round differently. In float32 the logits differ by 4e-5; in bfloat16 the text was another one after 40 tokens.
+    Why not both sides in one batch: peft can mix adapters in a batch, but the matrix products of a batch of
+    two round differently. In float32 the logits moved by 4e-5; in bfloat16 the text became another one.
     """
     active = list(answers)
     while active:
