@@ -17,8 +17,8 @@ from training.models import TrainingTask
 
 Status = TrainingTask.Status
 
-# queued -> failed: lost too often without progress, or its input is gone. running -> queued: the attempt ended
-# early and another continues from the last checkpoint. Every end but success may be tried again.
+# queued -> failed: lost too often without progress, or its input is gone. running -> queued: the attempt
+# ended early and another continues from the last checkpoint. Every end but success may be tried again.
 TRANSITIONS: dict[str, frozenset[str]] = {
     Status.DRAFT: frozenset({Status.QUEUED}),
     Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELLED, Status.FAILED}),
@@ -47,7 +47,9 @@ def transition(
     where: Q | None = None,
     **fields: Any,
 ) -> bool:
-    """Move one task to `to` and set `fields`. False: it was not in `from_`, or `epoch` is no longer the owner's."""
+    """Move one task to `to` and set `fields`. False: it was not in `from_`, or `epoch` is no longer the
+    owner's.
+    """
     sources = {from_} if isinstance(from_, str) else set(from_)
     for source in sources:
         if to not in TRANSITIONS[source]:
@@ -70,3 +72,7 @@ def _stamps(to: str, sources: set[str]) -> dict[str, Any]:
     elif to in TERMINAL:
         stamps |= {"lease_owner": "", "lease_until": None, "phase": "", "ended_at": Now()}
     return stamps
+
+
+class Fenced(Exception):
+    """Another owner has the task: stop at once and write nothing."""

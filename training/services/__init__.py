@@ -1,1 +1,1 @@
-"""The only places that change rows of tasks and models. Views, wizard and worker call them; they know neither."""
+"""The only places that change rows of tasks and models; called by views, wizard and worker."""

@@ -1,6 +1,6 @@
 """A task's history: sentences with a `seq`, taken in the transaction that writes them.
 
-`seq` is one counter per task for points and sentences alike, so that a page asks for "after 41" and misses nothing.
+`seq` is one counter per task for points and sentences alike: a page asks for "after 41" and misses nothing.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def live_hosts(queue: str = "gpu") -> QuerySet[WorkerHost]:
 
 
 def no_broker() -> bool:
-    """Without a broker only the workers' own sweep finds work; a message sent from here would reach nobody."""
+    """Without a broker only the workers' own sweep finds work; a message sent would reach nobody."""
     return str(settings.CELERY_BROKER_URL).startswith("memory")
 
 

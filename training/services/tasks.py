@@ -60,7 +60,9 @@ def task_cancel(task: TrainingTask, *, by: Any) -> Answer:
 
 @transaction.atomic
 def task_stop(task: TrainingTask, *, by: Any) -> Answer:
-    """Stop and keep: end at the next step, evaluate, save. A task without a checkpoint has nothing to keep yet."""
+    """Stop and keep: end at the next step, evaluate, save. A task without a checkpoint has nothing to keep
+    yet.
+    """
     rows = TrainingTask.objects.filter(pk=task.pk, desired_state=Desired.RUN)
     waiting = rows.filter(status=Status.QUEUED)
     if waiting.exists() and not task.checkpoints.exists():
