@@ -165,7 +165,7 @@ def load_policy(config: RunConfig, placement: Placement, probe: Sequence[Tokeniz
     model = _continue_adapter(base, config) if config.adapter_path else _new_adapter(base, config)
     model.to(placement.device)
     if _wants_checkpointing(config, base, placement):
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     name = config.base_model_name or Path(config.model_path).name
     policy = Policy(
         model=model,
