@@ -34,7 +34,10 @@ def browser() -> Iterator[Browser]:
     """One Chromium per test module. Not per session: its event loop would be in the way of later tests."""
     with sync_playwright() as playwright:
         path = find_chromium(playwright.chromium.executable_path)
-        need(path, "No Chromium: install chromium with the system's packages, or run `playwright install chromium`.")
+        need(
+            path,
+            "No Chromium: install chromium with the system's packages, or run `playwright install chromium`.",
+        )
         arguments = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
         if os.geteuid() == 0:
             arguments.append("--no-sandbox")  # Chromium refuses to run as root with it
