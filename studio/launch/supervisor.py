@@ -187,26 +187,10 @@ class Supervisor:
     def _start_workers(self) -> None:
         for queue in self.plan.queues:
             command = ["manage.py", "worker", "--queue", queue]
-            from django.core.management import get_commands  # INTERIM
-
-            if "worker" not in get_commands():
-                command = [
-                    "-m",
-                    "celery",
-                    "-A",
-                    "studio",
-                    "worker",
-                    "-Q",
-                    queue,
-                    "-c",
-                    "1",
-                    "-n",
-                    f"{queue}@%h",
-                ]
             program = self._program(
                 f"worker-{queue}",
                 command,
-                stop_seconds=10.0,
+                stop_seconds=15.0,  # a training step and its checkpoint
                 quick_exit_codes=frozenset({CONSUMER_STUCK}),
             )
             self.workers.append(Child(program))
