@@ -11,16 +11,17 @@ MAX_OFFSETS = 1024
 
 
 class Offsets:
-    """Remembers at most `MAX_OFFSETS` places: when full, every second one is dropped."""
+    """Remembers at most `limit` places: when full, every second one is dropped."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_OFFSETS) -> None:
+        self._limit = limit
         self._stride, self._count, self._position = 1, 0, 0
         self._offsets: list[int] = []
 
     def add(self, size: int) -> None:
         """The next line has `size` bytes."""
         if self._count % self._stride == 0:
-            if len(self._offsets) == MAX_OFFSETS:
+            if len(self._offsets) == self._limit:
                 self._offsets = self._offsets[::2]
                 self._stride *= 2
             if self._count % self._stride == 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from datasets_app.findings import MAX_KEPT, Finding
 from datasets_app.formats.pair import Pair

@@ -24,6 +24,7 @@ ALIASES = {
 }
 MAX_PROBLEMS = 20  # a line: a list of a million numbers is one mistake, not a million
 MESSAGE_KEYS = {"role", "content", "from", "value"}
+MISSING: Any = object()  # noted already: nothing more is said about it
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -93,7 +94,7 @@ class Record:
             self.problems.append(Problem(code, field, found, expected, next_step))
 
     def require(self, key: str) -> Any:
-        """The value of a key that must be there; a missing one is noted and gives None."""
+        """The value of a key that must be there; `MISSING`, and noted, when it is not."""
         if key not in self.value:
             self.refuse(
                 "missing_key",
@@ -102,10 +103,12 @@ class Record:
                 f"the key `{key}`",
                 f"Add `{key}` to this record, or remove the record.",
             )
-        return self.value.get(key)
+        return self.value.get(key, MISSING)
 
     def text(self, value: Any, field: str) -> str:
         """A string, or a list of text parts joined; anything else is noted and gives ""."""
+        if value is MISSING:
+            return ""
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
             return self._text_of_parts(value, field)
         if not isinstance(value, str):
@@ -174,6 +177,8 @@ class Record:
 
     def messages(self, value: Any, field: str) -> list[Message]:
         """A list of messages with at least one in it."""
+        if value is MISSING:
+            return []
         if not isinstance(value, list) or not value:
             self.refuse(
                 "not_messages",
@@ -194,6 +199,8 @@ class Record:
 
     def answer(self, value: Any, field: str) -> list[Message]:
         """One assistant message: an object, or a list of exactly one."""
+        if value is MISSING:
+            return []
         if isinstance(value, list) and len(value) != 1:
             self.refuse(
                 "not_one_answer",
@@ -235,7 +242,7 @@ class Record:
                 self._refuse_role(side, messages[-1]["role"])
         if not self.problems:
             self._check_prompts(sides)
-        if not any(message["content"].strip() for message in prompt):
+        if not self.problems and not any(message["content"].strip() for message in prompt):
             self.refuse("empty_prompt", "prompt", "no text", "a prompt", "Write what the answers reply to.")
         self._check_answers(chosen, rejected)
         if self.problems:

@@ -15,7 +15,7 @@ EXAMPLE = """{"messages": [
 def convert(record: Record) -> Pair | None:
     messages = record.messages(record.require("messages"), "messages")
     rejected = record.text(record.require("rejected_response"), "rejected_response")
-    if messages and messages[-1]["role"] != "assistant":
+    if not record.problems and messages[-1]["role"] != "assistant":
         record.refuse(
             "answer_not_by_assistant",
             f"messages[{len(messages) - 1}].role",
