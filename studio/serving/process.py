@@ -83,7 +83,10 @@ class ChatProcess:
     async def receive(self, seconds: float) -> ChatEvent:
         """The next event. A process that says nothing for so long is taken for hung, and killed."""
         try:
-            line = await asyncio.wait_for(self._stdout.readline(), seconds)
+            async with asyncio.timeout(
+                seconds
+            ):  # not wait_for: in 3.11 it swallows a cancel that meets a line
+                line = await self._stdout.readline()
         except TimeoutError:
             await self.kill()
             raise ChatEnded(
@@ -119,7 +122,8 @@ class ChatProcess:
 
     async def _wait(self) -> int:
         try:
-            return await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
+            async with asyncio.timeout(CLOSE_SECONDS):
+                return await self._process.wait()
         except TimeoutError:
             await self.kill()
             return self._process.returncode or 0

@@ -30,18 +30,23 @@ def model_card(model: TrainedModel) -> str:
 
 def plain(text: str) -> str:
     """One line of Markdown that shows as exactly this text."""
-    return MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+    return MARKDOWN.sub(r"\\\1", one_line(text))
+
+
+def one_line(text: str) -> str:
+    """Line breaks of any kind become spaces: a line `---` in a name would end the front matter."""
+    return " ".join(text.split())
 
 
 def _front_matter(model: TrainedModel) -> str:
     licence = str(model.base_model.facts.get("licence") or "") if model.base_model else ""
     data = ModelCardData(
-        base_model=model.base_model_name,
+        base_model=one_line(model.base_model_name),
         library_name="peft",
         license=licence.lower() or None,
         pipeline_tag="text-generation",
         tags=["dpo", "lora", "preference", "preference-tuning", "text-generation"],
-        datasets=[model.dataset_name] if model.dataset_name else None,
+        datasets=[one_line(model.dataset_name)] if model.dataset_name else None,
     )
     text: str = data.to_yaml()
     return text.strip()
@@ -102,7 +107,7 @@ def _data(model: TrainedModel) -> Iterator[str]:
 
 
 def _usage(model: TrainedModel) -> str:
-    base = model.base_model_name.replace("\\", "").replace('"', "").replace("\n", " ")
+    base = one_line(model.base_model_name).replace("\\", "").replace('"', "")
     return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
