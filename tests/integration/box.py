@@ -191,16 +191,18 @@ class Box:
 
 @contextlib.contextmanager
 def own_database(path: Path) -> Iterator[None]:
-    """`default` is this file, in this thread, until the end."""
+    """`default` is this file, in this thread and in those it starts, until the end."""
     before = connections["default"]
     given = {**before.settings_dict, "NAME": str(path)}
     own = type(before)(given, "default")
     connections["default"] = own
+    new_threads, connections.settings["default"] = connections.settings["default"], given
     try:
         yield
     finally:
         own.close()
         connections["default"] = before
+        connections.settings["default"] = new_threads
 
 
 def point_settings(data: Path, test_settings: Any) -> None:

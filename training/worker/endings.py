@@ -108,7 +108,7 @@ def _disk_full(found: Circumstances) -> Ending:
     return Ending(
         then=Then.FAIL,
         text=str((found.result or {}).get("error") or "The disk is full, so nothing more could be saved."),
-        next_step="Delete old tasks or models to free space, then Retry: it continues from the last checkpoint.",
+        next_step="Delete old tasks or models for space, then Retry: it continues from the last checkpoint.",
         with_log=True,
     )
 

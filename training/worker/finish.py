@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 from django.db import transaction
 from django.db.models.functions import Now
@@ -63,7 +64,7 @@ def fail(task: TrainingTask, ending: Ending, *, log: str, epoch: int) -> bool:
 
 
 def _move(
-    lease: Lease, to: str, text: str, *, level: Level, from_: str = Status.RUNNING, **fields: object
+    lease: Lease, to: str, text: str, *, level: Level, from_: str = Status.RUNNING, **fields: Any
 ) -> None:
     if not states.transition(lease.task_id, to, from_=from_, epoch=lease.epoch, **fields):
         raise Fenced(f"Task {lease.task_id}: attempt {lease.epoch} could not end as {to}.")

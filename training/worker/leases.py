@@ -69,7 +69,7 @@ def claim_next(*, who: Identity, times: Times) -> Lease | None:
 def _free_device(machine: WorkerHost | None, used: list[str]) -> str | None:
     if len(used) >= (machine.slots if machine else 1):
         return None
-    devices = [gpu["uuid"] for gpu in machine.gpus] if machine else []
+    devices = [str(gpu["uuid"]) for gpu in machine.gpus] if machine else []
     return min(devices or ["cpu"], key=used.count)
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a running engine: cancel, stop and keep, interrupt for a shutdown, end because it hangs."""
+"""What is asked of a running engine: cancel, stop and keep, interrupt for a shutdown, end when it hangs."""
 
 from __future__ import annotations
 

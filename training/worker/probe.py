@@ -1,4 +1,4 @@
-"""What this machine has: memory and GPUs, found without torch (a CUDA context would break forked children)."""
+"""What this machine has: memory and GPUs, without torch (a CUDA context would break forked children)."""
 
 from __future__ import annotations
 

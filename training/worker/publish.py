@@ -119,7 +119,7 @@ def _checkpoints(task: TrainingTask, events: list[tuple[int, dict[str, Any]]], *
         ],
         ignore_conflicts=True,
     )
-    return max(steps) > newest
+    return bool(max(steps) > newest)
 
 
 def _standing(task: TrainingTask, events: list[dict[str, Any]]) -> dict[str, Any]:

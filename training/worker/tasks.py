@@ -1,4 +1,4 @@
-"""What Celery calls: the envelope of a run, and the hooks that give a worker its sweep and its orderly end."""
+"""What Celery calls: the envelope of a run, and the hooks for a worker's sweep and orderly end."""
 
 from __future__ import annotations
 
