@@ -1,6 +1,6 @@
 """HTTP and websockets in one application. A socket must come from an allowed origin and a signed-in session.
 
-A request's body is limited before Django takes it.
+A request's body is limited before Django takes it; files leave in pieces.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from channels.routing import ProtocolTypeRouter, URLRouter  # noqa: E402
 from channels.security.websocket import AllowedHostsOriginValidator  # noqa: E402
 
 from studio.request_body import BodyLimit, SpoolingHandler  # noqa: E402
+from studio.streaming import PiecewiseHandler  # noqa: E402
 from training.monitor.routing import websocket_urlpatterns  # noqa: E402
+
+
+class Handler(PiecewiseHandler, SpoolingHandler):
+    """Django's, with what comes in spooled on the data disk and what goes out sent in pieces."""
+
 
 application = ProtocolTypeRouter(
     {
-        "http": BodyLimit(SpoolingHandler()),
+        "http": BodyLimit(Handler()),
         "websocket": AllowedHostsOriginValidator(AuthMiddlewareStack(URLRouter(websocket_urlpatterns))),
     }
 )
