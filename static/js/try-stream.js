@@ -1,11 +1,11 @@
-/* Sends a form and yields the JSON lines of the answer as they come. Knows nothing of the page. */
+/* Sends form data and yields the JSON lines of the answer as they come. Knows nothing of the page. */
 
 export class StreamProblem extends Error {}
 
-export async function* jsonLines(address, form, signal) {
+export async function* jsonLines(address, body, signal) {
   let response;
   try {
-    response = await fetch(address, { method: "POST", body: new FormData(form), signal, headers: { Accept: "application/x-ndjson" } });
+    response = await fetch(address, { method: "POST", body, signal, headers: { Accept: "application/x-ndjson" } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new StreamProblem("The studio cannot be reached. Check that it is running, then send again.");

@@ -66,11 +66,12 @@ async function answer() {
   tell("");
   if (!prompt.value.trim()) return tell("Write a prompt first.");
   const abort = new AbortController();
+  const body = new FormData(form); // before the box is emptied
   const turn = new TurnView(prompt.value, against?.value === "parent" ? at("reference-name").textContent : "Base");
   begin(abort, turn);
   let failed = false;
   try {
-    await follow(jsonLines(form.dataset.stream, form, abort.signal), turn);
+    await follow(jsonLines(form.dataset.stream, body, abort.signal), turn);
   } catch (error) {
     if (error.name !== "AbortError") {
       failed = true;
@@ -84,6 +85,7 @@ function begin(abort, turn) {
   running = abort;
   at("turns").append(turn.element);
   at("try-empty").hidden = true;
+  prompt.value = "";
   send.disabled = true;
   stop.hidden = restart.hidden = false;
   say("Asking…");
@@ -110,12 +112,9 @@ function end(abort, turn, failed) {
   stop.hidden = running === null;
   turn.interrupt(failed ? "not finished" : "stopped");
   if (!turn.element.isConnected) return; // the conversation was cleared meanwhile
+  if (failed || (turn.isEmpty && abort.signal.aborted)) prompt.value ||= turn.prompt; // nothing typed is lost
   if (turn.isEmpty && (failed || abort.signal.aborted)) turn.element.remove();
-  else if (!failed) {
-    remember(turn.record);
-    prompt.value = "";
-  }
-  at("try-empty").hidden = restart.hidden = false;
+  else if (!failed) remember(turn.record);
   at("try-empty").hidden = at("turns").childElementCount > 0;
   restart.hidden = at("turns").childElementCount === 0;
   say("");
