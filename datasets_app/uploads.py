@@ -90,7 +90,7 @@ class StreamingUploadHandler(FileUploadHandler):
     """One file after the other to `<upload folder>/<uuid>.part`."""
 
     chunk_size = 256 * 1024
-    file: IO[bytes] | None = None  # closed by Django's parser when the upload breaks off
+    _out: IO[bytes] | None = None  # not named `file`: Django's parser would close that, also when it is None
 
     def new_file(self, field_name: str, file_name: str, *args: Any, **kwargs: Any) -> None:
         super().new_file(field_name, file_name, *args, **kwargs)
@@ -104,11 +104,11 @@ class StreamingUploadHandler(FileUploadHandler):
         self.digest = sha256()
         if not disk_has_room(0):
             self._refuse(disk_full())
-        self.file = self.path.open("xb")
+        self._out = self.path.open("xb")
         self.path.chmod(0o600)
 
     def receive_data_chunk(self, raw_data: bytes, start: int) -> bytes | None:
-        assert self.file is not None  # noqa: S101
+        assert self._out is not None  # noqa: S101
         before = self.size
         self.size += len(raw_data)
         if self.size > settings.UPLOAD_MAX_BYTES:
@@ -116,7 +116,7 @@ class StreamingUploadHandler(FileUploadHandler):
         if before // DISK_CHECK_EVERY != self.size // DISK_CHECK_EVERY and not disk_has_room(0):
             self._refuse(disk_full())
         try:
-            self.file.write(raw_data)
+            self._out.write(raw_data)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -125,9 +125,9 @@ class StreamingUploadHandler(FileUploadHandler):
         return None
 
     def file_complete(self, file_size: int) -> StoredUpload:
-        assert self.file is not None  # noqa: S101
-        self.file.close()
-        self.file = None
+        assert self._out is not None  # noqa: S101
+        self._out.close()
+        self._out = None
         return StoredUpload(
             self.path,
             self.digest.hexdigest(),
@@ -146,8 +146,8 @@ class StreamingUploadHandler(FileUploadHandler):
         raise StopUpload(connection_reset=True)
 
     def _drop(self) -> None:
-        if self.file is not None:
+        if self._out is not None:
             with suppress(OSError):  # on a full disk the last buffer finds no room either
-                self.file.close()
-            self.file = None
+                self._out.close()
+            self._out = None
         self.path.unlink(missing_ok=True)
