@@ -14,7 +14,19 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 
-NETWORK_FILESYSTEMS = {"nfs", "nfs3", "nfs4", "cifs", "smb3", "smbfs", "afpfs", "9p", "fuse.sshfs", "ceph", "glusterfs"}
+NETWORK_FILESYSTEMS = {
+    "nfs",
+    "nfs3",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "afpfs",
+    "9p",
+    "fuse.sshfs",
+    "ceph",
+    "glusterfs",
+}
 
 
 def is_loopback(host: str) -> bool:

@@ -182,7 +182,11 @@ CELERY_TASK_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
-CELERY_TASK_ROUTES = {"training.*": {"queue": "gpu"}, "datasets.*": {"queue": "default"}, "models.*": {"queue": "default"}}
+CELERY_TASK_ROUTES = {
+    "training.*": {"queue": "gpu"},
+    "datasets.*": {"queue": "default"},
+    "models.*": {"queue": "default"},
+}
 CELERY_TASK_DEFAULT_QUEUE = "default"
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False  # LOGGING below speaks for the workers too
 CELERY_WORKER_REDIRECT_STDOUTS = False
@@ -203,7 +207,12 @@ ENGINE_ENV: dict[str, str] = {}  # added to the explicit list that the engine ge
 WORKER_TIMES: dict[str, float] = {}  # overrides of training.worker.timing.Times
 
 CHANNEL_LAYERS: dict[str, Any] = (
-    {"default": {"BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer", "CONFIG": {"hosts": [LAYER_URL]}}}
+    {
+        "default": {
+            "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
+            "CONFIG": {"hosts": [LAYER_URL]},
+        }
+    }
     if LAYER_URL
     else {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import Any, cast
 
 from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIHandler
@@ -31,8 +31,9 @@ class PiecewiseHandler(ASGIHandler):
     """Not a middleware: behind WhiteNoise's, which is synchronous, it would stand in a synchronous chain."""
 
     async def send_response(
-        self, response: HttpResponseBase, send: Callable[[dict[str, Any]], Awaitable[None]]
+        self, response: HttpResponseBase, send: Callable[[Mapping[str, Any]], Awaitable[None]]
     ) -> None:
         if isinstance(response, StreamingHttpResponse) and not response.is_async:
-            response.streaming_content = in_pieces(iter(response.streaming_content))
+            chunks = cast(Iterator[bytes], response.streaming_content)
+            response.streaming_content = in_pieces(iter(chunks))
         await super().send_response(response, send)

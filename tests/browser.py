@@ -22,7 +22,8 @@ OpenPage = Callable[..., Page]
 LOCAL = {"127.0.0.1", "localhost", "::1", None}
 REPORT_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) => {
-  console.error(`CSP violation: ${event.violatedDirective} blocked ${event.blockedURI} at ${event.sourceFile}:${event.lineNumber}`);
+  const place = `${event.sourceFile}:${event.lineNumber}`;
+  console.error(`CSP violation: ${event.violatedDirective} blocked ${event.blockedURI} at ${place}`);
 });
 """
 # A refused form answers 4xx on purpose, and the browser notes it on its console.

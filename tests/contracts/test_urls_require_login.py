@@ -36,7 +36,7 @@ def named(resolver: URLResolver, namespace: str = "") -> Iterator[tuple[str, dic
             yield f"{namespace}{entry.name}", kwargs
 
 
-ADDRESSES = sorted({name: kwargs for name, kwargs in named(get_resolver())}.items())
+ADDRESSES = sorted(dict(named(get_resolver())).items())
 
 
 def test_the_list_is_not_empty() -> None:
