@@ -153,5 +153,5 @@ def test_the_hash_sees_where_prompt_and_completion_meet() -> None:
 
 def test_batches_without_gradient_are_longest_first_and_complete() -> None:
     pairs = [pair(n, n, n) for n in (1, 50, 3, 20, 200)]
-    batches = list(length_sorted_batches(pairs, token_budget=100))
+    batches = list(length_sorted_batches(pairs, budget=100))
     assert [[len(item.prompt) for item in batch] for batch in batches] == [[200], [50], [20, 3, 1]]

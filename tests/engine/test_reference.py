@@ -103,7 +103,7 @@ def test_two_runs_that_computed_the_same_pairs_do_not_disturb_each_other(
 def test_what_was_computed_before_leaving_is_kept(
     policy: Policy, pairs: list[TokenizedPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "TOKEN_BUDGET", 1)
+    monkeypatch.setitem(reference.TOKEN_BUDGET, "cpu", 1)
     calls = iter(range(99))
 
     def leave_at_the_fourth() -> None:

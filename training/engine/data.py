@@ -205,14 +205,12 @@ def data_sha256(pairs: Sequence[TokenizedPair]) -> str:
     return total.hexdigest()
 
 
-def length_sorted_batches(
-    pairs: Sequence[TokenizedPair], *, token_budget: int
-) -> Iterator[list[TokenizedPair]]:
-    """For passes without gradient: longest first (memory peaks at once), about `token_budget` tokens each."""
+def length_sorted_batches(pairs: Sequence[TokenizedPair], *, budget: int) -> Iterator[list[TokenizedPair]]:
+    """For passes without gradient: longest first (memory peaks at once), about `budget` tokens each."""
     batch: list[TokenizedPair] = []
     used = 0
     for pair in sorted(pairs, key=lambda pair: pair.num_tokens, reverse=True):
-        if batch and used + pair.num_tokens > token_budget:
+        if batch and used + pair.num_tokens > budget:
             yield batch
             batch, used = [], 0
         batch.append(pair)

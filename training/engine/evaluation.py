@@ -4,51 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from training.contract import RunConfig
 from training.engine.data import TokenizedPair, length_sorted_batches
 from training.engine.logps import exact_kl, token_logps
 from training.engine.losses import loss_named
 from training.engine.metrics import PairLogps, Window, as_evaluation
 from training.engine.policy import Policy
-from training.engine.reference import TOKEN_BUDGET, ReferenceLogps
+from training.engine.reference import ReferenceLogps, token_budget
 
-KL_PAIRS = (
-    64  # the exact divergence needs a second pass and the whole vocabulary: the first 64 pairs stand for all
-)
+# The exact divergence needs a second pass and the whole vocabulary: the first 64 pairs stand for all.
+KL_PAIRS = 64
+KEEP_BYTES = 256 * 2**20  # hidden states of the reference, kept from one evaluation to the next
 
 
-def evaluate(
-    policy: Policy,
-    pairs: Sequence[TokenizedPair],
-    reference: ReferenceLogps,
-    config: RunConfig,
-    *,
-    progress: Callable[[int], None],
-) -> dict[str, float | None]:
-    """Values under `eval_` keys. Dropout is off, batches are the same each time: a change is the model's."""
-    window = Window(beta=config.beta)
-    loss = loss_named(config.loss_type)
-    device = policy.scorer.placement.device
-    done = 0
-    # The pairs of the divergence come in their own batches: then each has both passes or one.
-    for part, with_kl in ((pairs[:KL_PAIRS], True), (pairs[KL_PAIRS:], False)):
-        for batch in length_sorted_batches(part, token_budget=TOKEN_BUDGET):
-            with policy.inference():
-                states = policy.scorer(batch)
-                tokens = token_logps(states.hidden, states.labels, policy.head)
-            logps = PairLogps.of(states, tokens, reference.token_logps(batch, device))
-            losses = loss(
+class Evaluator:
+    """The same pairs in the same batches each time, dropout off: a change is the model's."""
+
+    def __init__(
+        self, policy: Policy, pairs: Sequence[TokenizedPair], reference: ReferenceLogps, config: RunConfig
+    ) -> None:
+        self._policy, self._reference, self._config = policy, reference, config
+        self._loss = loss_named(config.loss_type)
+        budget = token_budget(policy.scorer.placement)
+        # Pairs with the divergence come in their own batches: each batch has both passes or one.
+        self._batches = [
+            (batch, with_kl)
+            for part, with_kl in ((pairs[:KL_PAIRS], True), (pairs[KL_PAIRS:], False))
+            for batch in length_sorted_batches(part, budget=budget)
+        ]
+        self._kept: dict[int, torch.Tensor] = {}
+        self._room = KEEP_BYTES
+
+    def evaluate(self, progress: Callable[[int], None]) -> dict[str, float | None]:
+        """Values under `eval_` keys. `progress` gets the pairs done, and may raise to leave."""
+        window, done = Window(beta=self._config.beta), 0
+        for number, (batch, with_kl) in enumerate(self._batches):
+            with self._policy.inference():
+                states = self._policy.scorer(batch)
+                tokens = token_logps(states.hidden, states.labels, self._policy.head)
+            logps = PairLogps.of(states, tokens, self._reference.token_logps(batch, tokens.device))
+            losses = self._loss(
                 logps.policy_chosen,
                 logps.policy_rejected,
                 logps.reference_chosen,
                 logps.reference_rejected,
-                beta=config.beta,
-                label_smoothing=config.label_smoothing,
+                beta=self._config.beta,
+                label_smoothing=self._config.label_smoothing,
             )
             window.add(losses, logps)
             if with_kl:
-                with policy.reference():
-                    window.add_kl(exact_kl(states.hidden, policy.scorer(batch).hidden, policy.head))
+                theirs = self._reference_hidden(number, batch)
+                window.add_kl(exact_kl(states.hidden, theirs, self._policy.head))
             done += len(batch)
             progress(done)
-    return as_evaluation(window.values())
+        return as_evaluation(window.values())
+
+    def _reference_hidden(self, number: int, batch: Sequence[TokenizedPair]) -> torch.Tensor:
+        """[C, H]; the reference does not change, so what fits is kept."""
+        kept = self._kept.get(number)
+        if kept is not None:
+            return kept
+        with self._policy.reference():
+            hidden: torch.Tensor = self._policy.scorer(batch).hidden
+        size = hidden.numel() * hidden.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[number] = hidden
+        return hidden

@@ -16,7 +16,7 @@ from training.contract import Metric, RunConfig
 from training.engine.checkpoints import Identity, save_checkpoint
 from training.engine.data import TokenizedPair
 from training.engine.errors import DivergedError, InterruptedRunError
-from training.engine.evaluation import evaluate
+from training.engine.evaluation import Evaluator
 from training.engine.events import EventLog, finite
 from training.engine.interrupts import Interrupts
 from training.engine.logps import token_logps
@@ -69,6 +69,7 @@ class Loop:
         self.order, self.events, self.interrupts = order, events, interrupts
         self.identity, self.fingerprint = identity, fingerprint
         self.state = RunState()
+        self.evaluator = Evaluator(policy, evaluation, reference, config)
         self.loss = loss_named(config.loss_type)
         self.accelerator = Accelerator(cpu=policy.scorer.placement.device.type == "cpu")
         self.scorer = self.accelerator.prepare_model(policy.scorer)
@@ -205,7 +206,7 @@ class Loop:
             self.interrupts.check()
 
         progress(0)
-        values = evaluate(self.policy, self.evaluation, self.reference, self.config, progress=progress)
+        values = self.evaluator.evaluate(progress)
         self.events.metrics("eval", self.state.step, values)
         self.state.last_evaluation = {key: finite(value) for key, value in values.items()}
         if self.state.step == 0:

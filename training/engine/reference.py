@@ -22,11 +22,12 @@ import torch
 from training.contract import file_sha256
 from training.engine.data import TokenizedPair, length_sorted_batches
 from training.engine.logps import token_logps
-from training.engine.policy import Policy
+from training.engine.policy import Placement, Policy
 
 FORMAT = 1  # raise it when the numbers in a shard would change
 SHARD_PAIRS = 512
-TOKEN_BUDGET = 4096  # tokens a forward pass without gradient
+# Tokens a forward pass without gradient: enough to fill the device, few enough to report progress often.
+TOKEN_BUDGET = {"cpu": 1024, "cuda": 16384}
 
 Floats = npt.NDArray[np.float32]
 logger = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ def reference_key(policy: Policy) -> str:
     placement = policy.scorer.placement
     parts = (FORMAT, policy.weights_sha256, placement.device.type, placement.dtype_name)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def token_budget(placement: Placement) -> int:
+    return TOKEN_BUDGET[placement.device.type]
 
 
 class ReferenceLogps:
@@ -121,10 +126,10 @@ def score_reference(
     todo = {pair.digest(): pair for pair in pairs if pair not in records}
     done = len(pairs) - len(todo)
     progress(done, len(pairs))
-    device = policy.scorer.placement.device
+    budget = token_budget(policy.scorer.placement)
     try:
         with policy.reference():
-            for batch in length_sorted_batches(list(todo.values()), token_budget=TOKEN_BUDGET):
+            for batch in length_sorted_batches(list(todo.values()), budget=budget):
                 check()
                 states = policy.scorer(batch)
                 values = token_logps(states.hidden, states.labels, policy.head).float().cpu()
@@ -135,5 +140,5 @@ def score_reference(
                 progress(done, len(pairs))
     finally:
         records.flush()
-    logger.info("reference log-probabilities of %d pairs on %s", len(pairs), device)
+    logger.info("reference log-probabilities of %d pairs, %d of them computed", len(pairs), len(todo))
     return records
