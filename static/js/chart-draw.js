@@ -1,7 +1,8 @@
 /* One chart on the page: composes Plotly traces from the store, the preferences and the theme. */
 
-import { smooth } from "./chart-series.js";
+import { condense, smooth } from "./chart-series.js";
 
+const DENSE = 400; // points of a smoothed line
 const DASHED = new Set(["chosen-eval", "rejected-eval", "margin-eval"]);
 const touch = matchMedia("(pointer: coarse)");
 
@@ -42,7 +43,8 @@ export class Chart {
       if (x.length === 1) return [{ ...base, mode: "markers" }];
       if (!canSmooth || prefs.smoothing === 0 || x.length < 3) return [base];
       const raw = { ...base, line: { ...line, width: 1 }, opacity: 0.32, showlegend: false };
-      const even = { ...base, y: smooth(y, prefs.smoothing), line: { ...line, width: 2.4 }, hoverinfo: "skip" };
+      const trend = condense({ x, y }, DENSE);
+      const even = { ...base, x: [...trend.x], y: smooth(trend.y, prefs.smoothing), line: { ...line, width: 2.4 }, hoverinfo: "skip" };
       return [raw, even];
     });
   }

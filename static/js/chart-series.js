@@ -56,6 +56,19 @@ export function thin({ x, y }, limit) {
   return { x: kept.map((at) => x[at]), y: kept.map((at) => y[at]) };
 }
 
+/* Means of neighbours when there are far more points than pixels: a moving average alone would be a thick band. */
+export function condense({ x, y }, limit) {
+  if (x.length <= 2 * limit) return { x, y };
+  const means = { x: [], y: [] };
+  for (let group = 0; group < limit; group += 1) {
+    const start = Math.floor((group * x.length) / limit), end = Math.floor(((group + 1) * x.length) / limit);
+    const numbers = y.slice(start, end).filter((value) => value !== null);
+    means.x.push(x[Math.floor((start + end - 1) / 2)]);
+    means.y.push(numbers.length ? numbers.reduce((sum, value) => sum + value, 0) / numbers.length : null);
+  }
+  return means;
+}
+
 /* Exponential moving average without the bias of its start; a gap stays a gap. */
 export function smooth(values, weight) {
   let average = 0, share = 0;

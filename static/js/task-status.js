@@ -18,7 +18,7 @@ export function words(seconds) {
 
 function short(value, percent) {
   if (value === null) return "–";
-  return percent ? `${(value * 100).toFixed(1)} %` : Number(value.toPrecision(5)).toString();
+  return percent ? `${(value * 100).toFixed(1)} %` : Number(value.toPrecision(4)).toString();
 }
 
 export class TaskStatus {
@@ -55,7 +55,7 @@ export class TaskStatus {
     for (const field of document.querySelectorAll("[data-state]")) {
       const value = this.state[field.dataset.state];
       if (field instanceof HTMLProgressElement) field.value = value;
-      else field.textContent = typeof value === "number" ? value.toLocaleString("en") : value || "–";
+      else field.textContent = typeof value === "number" ? Math.round(value).toLocaleString("en") : value || (field.dataset.none ?? "–");
     }
     const phase = document.querySelector("[data-phase-progress]");
     if (phase && this.state.phase_total) Object.assign(phase, { max: this.state.phase_total, value: this.state.phase_done });

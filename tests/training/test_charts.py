@@ -31,7 +31,10 @@ def test_every_trace_is_a_metric_of_the_contract() -> None:
         ("rewards/accuracies", {"rewards/accuracies", "eval_rewards/accuracies"}),
         ("kl", {"kl", "eval_kl"}),
         ("logps", {"logps/chosen", "logps/rejected", "eval_logps/chosen", "eval_logps/rejected"}),
-        ("rewards/margins", {"rewards/chosen", "rewards/rejected", "rewards/margins", "eval_rewards/margins"}),
+        (
+            "rewards/margins",
+            {"rewards/chosen", "rewards/rejected", "rewards/margins", "eval_rewards/margins"},
+        ),
         ("learning_rate", {"learning_rate", "grad_norm"}),
     ],
 )
@@ -48,13 +51,17 @@ def test_the_training_kl_is_called_an_estimate_and_the_validation_kl_exact() -> 
 
 
 def test_plotly_accepts_every_figure() -> None:
-    rows = [(step, {key: 0.5 for key in METRICS} | {f"eval_{key}": 0.4 for key in METRICS}) for step in range(9)]
+    rows = [
+        (step, dict.fromkeys(METRICS, 0.5) | {f"eval_{key}": 0.4 for key in METRICS}) for step in range(9)
+    ]
     for item in payload(curves_from(rows)):
         go.Figure(item["figure"])  # raises on any property Plotly does not know
 
 
 def test_a_figure_holds_the_points_in_step_order_and_a_gap_for_a_nan() -> None:
-    curves = curves_from([(2, {"loss": float("nan")}), (1, {"loss": 0.7}), (3, {"loss": 0.6, "eval_loss": 0.65})])
+    curves = curves_from(
+        [(2, {"loss": float("nan")}), (1, {"loss": 0.7}), (3, {"loss": 0.6, "eval_loss": 0.65})]
+    )
     train, evaluation = figure(CHARTS[0], curves)["data"]
     assert (train["x"], train["y"]) == ([1, 2, 3], [0.7, None, 0.6])
     assert (evaluation["x"], evaluation["y"]) == ([3], [0.65])
@@ -102,7 +109,10 @@ def test_one_spike_among_a_hundred_thousand_points_survives() -> None:
 
 
 def test_smoothing_starts_at_the_first_value_and_a_constant_stays_constant() -> None:
-    assert smoothed([(1, 3.0), (2, None), (3, 3.0)], 0.9) == [(1, pytest.approx(3.0)), (3, pytest.approx(3.0))]
+    assert smoothed([(1, 3.0), (2, None), (3, 3.0)], 0.9) == [
+        (1, pytest.approx(3.0)),
+        (3, pytest.approx(3.0)),
+    ]
     assert smoothed([(1, 0.0), (2, 1.0)], 0.5)[1][1] == pytest.approx(2 / 3)
 
 
@@ -117,7 +127,14 @@ def test_a_sparkline_needs_two_points_and_stays_inside_its_box() -> None:
 # --- words ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(None, ""), (0, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3840, "1 h 04 min"), (190_000, "2 d 4 h")],
+    [
+        (None, ""),
+        (0, "0 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3840, "1 h 04 min"),
+        (190_000, "2 d 4 h"),
+    ],
 )
 def test_durations_in_words(seconds: float | None, words: str) -> None:
     assert duration_words(seconds) == words

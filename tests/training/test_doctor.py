@@ -12,7 +12,9 @@ from training.monitor.series import Curves
 STEPS = 100
 
 
-def falling(start: float, end: float, *, steps: int = STEPS, noise: float = 0.03) -> list[tuple[int, float | None]]:
+def falling(
+    start: float, end: float, *, steps: int = STEPS, noise: float = 0.03
+) -> list[tuple[int, float | None]]:
     draw = random.Random(7)
     return [(n, start + (end - start) * n / steps + draw.gauss(0, noise)) for n in range(1, steps + 1)]
 
@@ -33,7 +35,9 @@ def healthy() -> Curves:
 
 
 def read(curves: Curves, *, total_steps: int = STEPS, running: bool = True) -> dict[str, Finding]:
-    return {finding.code: finding for finding in read_curves(curves, total_steps=total_steps, running=running)}
+    return {
+        finding.code: finding for finding in read_curves(curves, total_steps=total_steps, running=running)
+    }
 
 
 def test_both_losses_falling_is_learning_well_and_nothing_else_is_said() -> None:
@@ -43,8 +47,13 @@ def test_both_losses_falling_is_learning_well_and_nothing_else_is_said() -> None
     assert found["learning"].action == "Continue training."
 
 
-def test_after_the_end_nobody_is_told_to_continue() -> None:
-    assert "Continue" not in read(healthy(), running=False)["learning"].action
+def test_after_the_end_nobody_is_told_to_continue_and_a_model_is_tried_only_when_there_is_one() -> None:
+    def ended(*, kept: bool) -> Finding:
+        return read_curves(healthy(), total_steps=STEPS, running=False, kept=kept)[0]
+
+    assert "beside its base" in ended(kept=True).action
+    assert "No model came out" in ended(kept=False).action
+    assert "Continue" not in ended(kept=True).action
 
 
 def test_training_falls_and_validation_rises_is_overfitting_with_the_offer_to_stop() -> None:
@@ -94,7 +103,16 @@ def test_without_validation_it_does_not_claim_that_the_model_learns_well() -> No
 
 def test_a_flat_tail_is_levelled_off() -> None:
     curves = healthy() | {
-        "eval_loss": [(0, 0.69), (10, 0.55), (20, 0.5), (30, 0.47), (40, 0.47), (50, 0.469), (60, 0.47), (70, 0.469)]
+        "eval_loss": [
+            (0, 0.69),
+            (10, 0.55),
+            (20, 0.5),
+            (30, 0.47),
+            (40, 0.47),
+            (50, 0.469),
+            (60, 0.47),
+            (70, 0.469),
+        ]
     }
     assert read(curves)["levelled"].offer == "stop"
 

@@ -1,7 +1,7 @@
 """Which charts a task has, and their Plotly figures from series. Pure: plain dictionaries, no Plotly import.
 
-Chart ids and trace keys are metric keys. Colours are named by role and chosen in the browser (light and dark).
-Every text in a figure is a constant of this file, so no name given by a person can reach Plotly's markup.
+Chart ids and trace keys are metric keys. Colours are named by role and chosen in the browser (light, dark).
+Every text in a figure is a constant of this file: no name given by a person can reach Plotly's markup.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ CHARTS: tuple[Chart, ...] = (
         id="rewards/accuracies",
         title="DPO accuracy",
         caption="Share of pairs in which the model, measured against the reference, "
-        "favours the chosen answer over the rejected one.",
+        "favours the chosen answer over the rejected one. Before the first step both are equal, and no pair "
+        "counts.",
         good="Rises from 50 % and settles. 100 % within a few steps means the pairs are too easy.",
         y_title="accuracy",
         percent=True,
@@ -95,7 +96,8 @@ CHARTS: tuple[Chart, ...] = (
         caption="How far the model has moved from the reference, in nats per token of the answers. "
         "The validation line is exact, over the whole vocabulary; the training line is an estimate "
         "on training tokens.",
-        good="Grows slowly and stays small. A sharp climb means the model is leaving what it knew: raise beta.",
+        good="Grows slowly and stays small. A sharp climb means that the model leaves what it knew: "
+        "raise beta.",
         y_title="nats per token",
         logarithmic=True,
         traces=(
@@ -108,7 +110,8 @@ CHARTS: tuple[Chart, ...] = (
         title="Log-probabilities per side",
         caption="How likely the model finds each answer: log-probabilities summed over its tokens, in nats, "
         "averaged over pairs. Higher is likelier.",
-        good="Rejected falls, chosen stays level or rises. When both fall, the model makes both answers unlikely.",
+        good="Rejected falls, chosen stays level or rises. When both fall, the model makes both answers "
+        "unlikely.",
         y_title="nats per answer",
         traces=(
             Trace(key="logps/chosen", name="Chosen", role="chosen"),
@@ -135,8 +138,10 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         id="learning_rate",
         title="Learning rate and gradient norm",
-        caption="The size of each step (right axis), and the length of the gradient before it is clipped (left axis).",
-        good="The learning rate warms up, then decays. The gradient norm stays in one range, without tall spikes.",
+        caption="The size of each step (right axis), and the length of the gradient before it is clipped "
+        "(left axis).",
+        good="The learning rate warms up, then decays. The gradient norm stays in one range, without tall "
+        "spikes.",
         y_title="gradient norm",
         y2_title="learning rate",
         logarithmic=True,
@@ -210,6 +215,7 @@ def _layout(chart: Chart) -> dict[str, Any]:
         layout["yaxis2"] = {
             "title": {"text": chart.y2_title},
             "overlaying": "y",
+            "tickmode": "auto",
             "side": "right",
             "showgrid": False,
             "zeroline": False,

@@ -1,7 +1,7 @@
 """The socket of a task page: forwards stored rows, in order of `seq`. It takes no commands.
 
-The database is the truth. A tick from the worker only wakes the reader early; without any tick (no broker, a lost
-message) it looks every second. So a frame can be late, but never lost or out of order.
+The database is the truth. A tick from the worker only wakes the reader early; without any tick (no broker, a
+lost message) it looks every second. So a frame can be late, but never lost or out of order.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class TaskConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     def look(
         self, told: dict[str, Any] | None
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, bool] | None:
-        """(frame or None when nothing is new, the state last told, whether more rows wait); None: task gone."""
+        """(frame, None when nothing is new; the state last told; whether more rows wait). None: task gone."""
         task = TrainingTask.objects.for_user(self.user).filter(pk=self.task_id).first()
         if task is None:
             return None

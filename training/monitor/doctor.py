@@ -1,7 +1,7 @@
 """Reads the curves of a run and says, in plain words, what they mean and what to do. Pure rules over series.
 
-Each rule answers with a finding or nothing. Thresholds are rules of thumb and stand here by name; where the data
-cannot carry a verdict, the finding says so instead of guessing.
+Each rule answers with a finding or nothing. Thresholds are rules of thumb and stand here by name; where the
+data cannot carry a verdict, the finding says so instead of guessing.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Run:
     curves: Curves
     total_steps: int
     running: bool
+    kept: bool  # a model came out
 
     def values(self, key: str) -> list[tuple[int, float]]:
         return numbers(self.curves.get(key, []))
@@ -67,9 +68,9 @@ class Run:
 Rule = Callable[[Run], Finding | None]
 
 
-def read_curves(curves: Curves, *, total_steps: int, running: bool) -> list[Finding]:
+def read_curves(curves: Curves, *, total_steps: int, running: bool, kept: bool = False) -> list[Finding]:
     """All findings, the gravest first."""
-    run = Run(curves=curves, total_steps=total_steps, running=running)
+    run = Run(curves=curves, total_steps=total_steps, running=running, kept=kept)
     found = [finding for rule in RULES if (finding := rule(run)) is not None]
     codes = {finding.code for finding in found}
     if codes & {"stuck", "not-a-number"}:  # the general reading would only repeat the special one
@@ -80,6 +81,9 @@ def read_curves(curves: Curves, *, total_steps: int, running: bool) -> list[Find
 # --- the three readings of the loss curves ---------------------------------------------------------------
 def loss_reading(run: Run) -> Finding | None:
     train, evals = run.values("loss"), run.values("eval_loss")
+    if not train:
+        missing = "no training step has been reported yet" if run.running else "no training step was reported"
+        return _too_early(missing, run)
     if len(train) < MIN_TRAIN_POINTS:
         return _too_early(f"{len(train)} of at least {MIN_TRAIN_POINTS} training points so far", run)
     train_falls = _train_falls(train)
@@ -126,21 +130,20 @@ def _learning(run: Run, evals: list[tuple[int, float]]) -> Finding:
             code="levelled",
             severity="info",
             title="Validation loss has levelled off",
-            text=f"It fell from {first:.3f} to {last:.3f} and has hardly moved over the last four evaluations.",
+            text=f"It fell from {first:.3f} to {last:.3f} and hardly moved over the last four evaluations.",
             action="More steps will bring little. Stopping now keeps the model as good as it is."
             if run.running
             else "Fewer steps would have done as well.",
             offer="stop" if run.running else "",
         )
-    return Finding(
-        code="learning",
-        severity="good",
-        title="Your model is learning well",
-        text=f"Both losses decrease steadily; validation loss went from {first:.3f} to {last:.3f}.",
-        action="Continue training."
-        if run.running
-        else "Try the model beside its base on prompts it has not seen.",
-    )
+    fell = f"validation loss went from {first:.3f} to {last:.3f}."
+    if run.running:
+        title, text = "Your model is learning well", f"Both losses decrease steadily; {fell}"
+        action = "Continue training."
+    else:
+        title, text = "The model was learning well", f"Both losses decreased; {fell}"
+        action = _judge(run)
+    return Finding(code="learning", severity="good", title=title, text=text, action=action)
 
 
 def _without_validation(run: Run, *, train_falls: bool, num_evals: int) -> Finding:
@@ -164,10 +167,14 @@ def _too_early(reason: str, run: Run) -> Finding:
         severity="info",
         title="Too early to say" if run.running else "Too little data to say",
         text=f"{reason[0].upper()}{reason[1:]}.",
-        action="Read on after the next evaluations."
-        if run.running
-        else "Judge the model by trying it beside its base.",
+        action="Look again after the next evaluations." if run.running else _judge(run),
     )
+
+
+def _judge(run: Run) -> str:
+    if run.kept:
+        return "Try the model beside its base on prompts it has not seen."
+    return "No model came out of this run, so there is nothing to judge but these curves."
 
 
 def _train_falls(train: list[tuple[int, float]]) -> bool:
@@ -214,8 +221,8 @@ def stuck(run: Run) -> Finding | None:
         title="The loss is stuck at 0.693",
         text="0.693 is ln 2, the loss of a model that prefers neither answer: it has hardly moved away from "
         "its reference.",
-        action="Raise learning_rate (three to ten times), check that warm-up is over, or train longer; then check "
-        "that chosen and rejected really differ.",
+        action="Raise learning_rate (three to ten times), check that warm-up is over, or train longer; then "
+        "check that chosen and rejected really differ.",
     )
 
 
@@ -232,10 +239,10 @@ def trivially_separable(run: Run) -> Finding | None:
         code="trivial",
         severity="warning",
         title="The pairs are told apart almost at once",
-        text=f"By step {losses[-1][0]} the loss is near zero and accuracy near 100 %. Something simple, such as "
-        "length or a fixed phrase, may give the chosen answers away.",
-        action="Look at the pairs: chosen and rejected should differ only in what you want to improve. A lower "
-        "learning_rate and a higher beta slow the effect but do not mend the data.",
+        text=f"By step {losses[-1][0]} the loss is near zero and accuracy near 100 %. Something simple, such "
+        "as length or a fixed phrase, may give the chosen answers away.",
+        action="Look at the pairs: chosen and rejected should differ only in what you want to improve. A "
+        "lower learning_rate and a higher beta slow the effect but do not mend the data.",
     )
 
 
@@ -253,8 +260,8 @@ def likelihood_displacement(run: Run) -> Finding | None:
         code="displacement",
         severity="bad" if drop > 0.5 * abs(first) and drop > 3 * DISPLACED_NATS else "warning",
         title="The chosen answers become less likely",
-        text=f"Their log-probability fell from {first:.0f} to {last:.0f} nats. The margin may still grow, because the "
-        "rejected answers fall faster: this is called likelihood displacement.",
+        text=f"Their log-probability fell from {first:.0f} to {last:.0f} nats. The margin may still grow, "
+        "because the rejected answers fall faster: this is called likelihood displacement.",
         action="Lower learning_rate, raise beta or train fewer epochs. When the pairs are nearly alike, make "
         "the difference between chosen and rejected clearer.",
     )
@@ -271,7 +278,8 @@ def large_divergence(run: Run) -> Finding | None:
         code="kl",
         severity="bad" if last >= KL_VERY_LARGE else "warning",
         title="The model is far from its reference",
-        text=f"KL divergence is {last:.2f} nats per token ({kind}). Abilities that the pairs do not show may be lost.",
+        text=f"KL divergence is {last:.2f} nats per token ({kind}). Abilities that the pairs do not show may "
+        "be lost.",
         action="Raise beta or lower learning_rate, and compare the model with its base on everyday prompts "
         "before you use it.",
     )
@@ -300,5 +308,6 @@ def gradient_spikes(run: Run) -> Finding | None:
 
 
 RULES: tuple[Rule, ...] = (
-    not_a_number, stuck, trivially_separable, likelihood_displacement, large_divergence, gradient_spikes, loss_reading,
+    not_a_number, stuck, trivially_separable, likelihood_displacement, large_divergence, gradient_spikes,
+    loss_reading,
 )  # fmt: skip

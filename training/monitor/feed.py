@@ -1,12 +1,12 @@
 """What a page or a socket is told about a task: points and events by `seq`, and where the task stands.
 
-A frame is `{"from", "to", "points", "events", "state"}`: all rows with from < seq <= to. `seq` is given out in the
-transaction that writes the row, so once `task.last_seq` has been read, every row up to it can be read too.
+A frame is `{"from", "to", "points", "events", "state"}`: all rows with from < seq <= to. `seq` is given out in
+the transaction that writes the row, so once `task.last_seq` has been read, every row up to it can be read too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -60,6 +60,7 @@ def state_of(task: TrainingTask) -> dict[str, Any]:
     )
     recent.sort(key=lambda row: row["step"])
     active = task.status == task.Status.RUNNING
+    left = max(0, task.total_steps - task.step)
     pace = seconds_per_step([(row["step"], row["time"]) for row in recent]) if active else None
     queued = task.status == task.Status.QUEUED
     return {
@@ -69,31 +70,31 @@ def state_of(task: TrainingTask) -> dict[str, Any]:
         "desired_state": task.desired_state,
         "terminal": task.is_terminal,
         "phase": task.phase,
-        "phase_text": phase_words(task.phase, task.phase_done, task.phase_total, task.phase_unit)
-        if active
-        else "",
+        "phase_text": phase_of(task) if active else "",
         "phase_done": task.phase_done,
         "phase_total": task.phase_total,
         "step": task.step,
-        "total_steps": task.total_steps,
+        "total_steps": task.total_steps or None,
         "percent": percent(task.step, task.total_steps),
         "started": unix(task.started_at),
         "ended": unix(task.ended_at),
         "seconds_per_step": round(pace, 3) if pace else None,
-        "eta_seconds": round(pace * max(0, task.total_steps - task.step))
-        if pace and task.total_steps
-        else None,
+        "eta_seconds": round(pace * left) if pace and left else None,
         "tokens_per_second": _speed(recent),
         "queue_position": queue_position(task) if queued else None,
         "waiting": waiting_reason(task) if queued else "",
     }
 
 
+def phase_of(task: TrainingTask) -> str:
+    return phase_words(task.phase, task.phase_done, task.phase_total, task.phase_unit)
+
+
 def unix(moment: datetime | None) -> float | None:
     return None if moment is None else round(moment.timestamp(), 3)
 
 
-def _speed(recent: list[dict[str, Any]]) -> float | None:
+def _speed(recent: Sequence[Mapping[str, Any]]) -> float | None:
     """Median of the last ten steps that say a speed: one slow step is not the speed."""
     speeds = sorted(
         speed for row in recent[-10:] if (speed := finite(row["values"].get("tokens_per_second"))) is not None
@@ -126,7 +127,7 @@ def loss_series(tasks: list[TrainingTask], *, points: int = 60) -> dict[Any, lis
     return result
 
 
-def points_of(task: TrainingTask) -> Iterator[dict[str, Any]]:
+def points_of(task: TrainingTask) -> Iterator[Mapping[str, Any]]:
     """Every stored point by step, training before evaluation of the same step (for the CSV)."""
     rows = task.points.order_by("step", "-split", "seq").values("step", "split", "time", "values")
     return rows.iterator(chunk_size=2000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from training.contract import PHASES
@@ -37,10 +38,10 @@ def percent(done: int, total: int) -> int:
 
 
 def seconds_per_step(points: Sequence[tuple[int, float]]) -> float | None:
-    """From (step, unix time) of recent steps, oldest first. Pauses count, but one long pause does not rule."""
+    """From (step, unix time) of recent steps, oldest first. Pauses count; one long pause does not rule."""
     spans = [
         (later_time - time) / (later - step)
-        for (step, time), (later, later_time) in zip(points, points[1:], strict=False)
+        for (step, time), (later, later_time) in pairwise(points)
         if later > step and later_time > time
     ]
     if not spans:

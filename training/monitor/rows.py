@@ -11,12 +11,13 @@ from django.utils import timezone
 
 from training import states
 from training.contract import LOG_FILE
+from training.improvement import MetricChange, changes
 from training.models import TaskEvent, TrainedModel, TrainingTask
 from training.monitor.charts import CHARTS
 from training.monitor.exports import log_tail
-from training.monitor.feed import TONES, loss_series
-from training.monitor.progress import duration_words, percent, phase_words
-from training.monitor.series import Curves, Series, finite, latest, numbers, sparkline
+from training.monitor.feed import TONES, loss_series, phase_of
+from training.monitor.progress import duration_words, percent
+from training.monitor.series import Curves, Series, latest, numbers, sparkline
 from training.recipes import PARAMETERS, resolve, show
 
 EVENTS_SHOWN = 300
@@ -90,7 +91,7 @@ def seconds_run(task: TrainingTask) -> float | None:
 def _where(task: TrainingTask) -> str:
     if task.phase in {"training", "evaluating"} and task.total_steps:
         return f"step {task.step}/{task.total_steps}"
-    return phase_words(task.phase, task.phase_done, task.phase_total, task.phase_unit)
+    return phase_of(task)
 
 
 def _spark_words(loss: Series) -> str:
@@ -101,33 +102,22 @@ def _spark_words(loss: Series) -> str:
 
 
 # --- the task page -------------------------------------------------------------------------------------
+SHOWN_CHANGES = {"eval_rewards/accuracies", "eval_rewards/margins", "eval_loss", "eval_kl"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The model that came out, and what changed on the validation pairs."""
 
     model: TrainedModel
-    changes: list[tuple[str, str, str]]  # label, before, after
-
-
-COMPARED = (
-    ("Accuracy on validation pairs", "eval_rewards/accuracies", "{:.0%}"),
-    ("Reward margin", "eval_rewards/margins", "{:.3f}"),
-    ("Validation loss", "eval_loss", "{:.3f}"),
-    ("KL divergence, nats per token", "eval_kl", "{:.4f}"),
-)
+    changes: list[MetricChange]
 
 
 def outcome_of(task: TrainingTask) -> Outcome | None:
     model = TrainedModel.objects.filter(task=task).first()
     if model is None:
         return None
-    before, after = model.result.get("initial_metrics") or {}, model.result.get("metrics") or {}
-    changes = []
-    for label, key, form in COMPARED:
-        old, new = finite(before.get(key)), finite(after.get(key))
-        if new is not None:
-            changes.append((label, "" if old is None else form.format(old), form.format(new)))
-    return Outcome(model=model, changes=changes)
+    return Outcome(model=model, changes=[row for row in changes(model.result) if row.key in SHOWN_CHANGES])
 
 
 def settings_of(task: TrainingTask) -> list[tuple[str, str, bool]]:
@@ -144,7 +134,7 @@ def settings_of(task: TrainingTask) -> list[tuple[str, str, bool]]:
 
 
 def latest_values(curves: Curves) -> list[tuple[str, str, str, str]]:
-    """(chart, metric key, training value, validation value): every drawn number, for people without the charts."""
+    """(chart, metric key, training value, validation value) of every drawn metric, as a table."""
     titles: dict[str, str] = {}
     for chart in CHARTS:
         for key in chart.keys:

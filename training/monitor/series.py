@@ -31,7 +31,7 @@ def curves_from(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Curves:
 
 
 def thin(series: Series, limit: int = POINT_LIMIT) -> Series:
-    """At most `limit` points: both ends, and of every stretch its lowest, its highest and a gap if it has one.
+    """At most `limit` points: both ends, and of every stretch its lowest, its highest and a gap if any.
 
     Averages or every n-th point would hide the spike that a person looks for.
     """

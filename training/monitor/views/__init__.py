@@ -1,1 +1,1 @@
-"""Pages (pages.py), what a person does to a task (actions.py), and data for charts and downloads (feeds.py)."""
+"""Pages (pages.py), what a person does to a task (actions.py), data for charts and downloads (feeds.py)."""

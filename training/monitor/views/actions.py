@@ -23,7 +23,7 @@ def cancel(request: HttpRequest, task_id: UUID) -> HttpResponse:
 
 @require_http_methods(["GET", "POST"])
 def stop(request: HttpRequest, task_id: UUID) -> HttpResponse:
-    """GET explains both ways to end a task early (the dialog of the task page, for those without JavaScript)."""
+    """GET explains both ways to end a task early: the dialog of the task page, without JavaScript."""
     task = task_for(request, task_id)
     if request.method == "GET":
         context = {"section": "tasks", "task": task, "can_stop": can_stop(task)}

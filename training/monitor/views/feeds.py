@@ -41,7 +41,7 @@ def task_csv(request: HttpRequest, task_id: UUID) -> HttpResponse:
     text = points_csv(points_of(task), keys=chart.keys if chart else ())
     response = HttpResponse(text, content_type="text/csv; charset=utf-8")
     name = _file_name(task, chart.dom_id.removeprefix("chart-") if chart else "metrics", "csv")
-    response["Content-Disposition"] = content_disposition_header(True, name)
+    response["Content-Disposition"] = content_disposition_header(True, name) or "attachment"
     return response
 
 

@@ -15,7 +15,7 @@ from django_htmx.http import HttpResponseStopPolling
 from django_htmx.middleware import HtmxDetails
 
 from training import states
-from training.models import TrainingTask
+from training.models import TrainedModel, TrainingTask
 from training.monitor import rows
 from training.monitor.charts import CHARTS, payload
 from training.monitor.doctor import read_curves
@@ -72,7 +72,7 @@ def task_detail(request: HtmxRequest, task_id: UUID) -> HttpResponse:
     task = task_for(request, task_id)
     if task.status == TrainingTask.Status.DRAFT:
         return redirect(rows.draft_href(task))
-    context = {"section": "tasks", "task": task}
+    context: dict[str, Any] = {"section": "tasks", "task": task}
     if request.htmx and request.htmx.target in PARTIALS:
         context |= PARTS[request.htmx.target](task)
         return render(request, f"monitor/task_detail.html#{request.htmx.target}", context)
@@ -119,7 +119,9 @@ def _status(task: TrainingTask) -> dict[str, Any]:
 
 def _reading(task: TrainingTask, curves: Any = None) -> dict[str, Any]:
     curves = curves_of(task) if curves is None else curves
-    return {"findings": read_curves(curves, total_steps=task.total_steps, running=not task.is_terminal)}
+    kept = task.is_terminal and TrainedModel.objects.filter(task=task).exists()
+    running = not task.is_terminal
+    return {"findings": read_curves(curves, total_steps=task.total_steps, running=running, kept=kept)}
 
 
 def _history(task: TrainingTask) -> dict[str, Any]:
