@@ -45,6 +45,8 @@ class AccountForm(UserCreationForm):  # type: ignore[type-arg]
         self.fields["password2"].help_text = ""
         if first:
             del self.fields["is_admin"]  # the first account always may
+        else:
+            self.fields["username"].widget.attrs.pop("autofocus", None)  # the list above comes first
         _dress(self)
 
 
@@ -52,6 +54,7 @@ class PasswordForm(PasswordChangeForm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fields["old_password"].label = "Password now"
+        self.fields["old_password"].widget.attrs.pop("autofocus", None)
         self.fields["new_password1"].help_text = "At least 10 characters, and not a common password."
         self.fields["new_password2"].label = "New password again"
         self.fields["new_password2"].help_text = ""
