@@ -35,6 +35,12 @@ class Finding:
             return "Whole file"
         return f"Record {self.item:,} (line {self.line:,})" if self.item else f"Line {self.line:,}"
 
+    @property
+    def sentence(self) -> str:
+        where = f"{self.place}, {self.field}" if self.field and self.field != "(record)" else self.place
+        expected = f"; expected {self.expected}" if self.expected else ""
+        return f"{where}: found {self.found}{expected}. {self.next_step}".strip()
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 

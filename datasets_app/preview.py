@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from datasets_app.findings import MAX_KEPT, Finding
 from datasets_app.formats.pair import Pair
@@ -14,7 +15,7 @@ from datasets_app.offsets import read_lines
 from datasets_app.uploads import readable_size
 
 BAR_HEIGHT = 120  # of a histogram, in its own units
-BAR_WIDTH, GROUP_WIDTH = 14, 54
+BAR_WIDTH, GROUP_WIDTH = 15, 62
 
 
 def read_pairs(dataset: Dataset, *, start: int = 0, count: int = 5) -> list[Pair]:
@@ -108,13 +109,15 @@ def _histogram(stored: dict[str, list[int]], title: str, unit: str) -> Histogram
         for place, part in enumerate(PARTS):
             count = stored[part][index]
             height = round(count / highest * BAR_HEIGHT, 1)
-            bars.append(Bar(part, count, x + 5 + place * (BAR_WIDTH + 1), BAR_HEIGHT - height, height))
+            bars.append(Bar(part, count, x + 7 + place * (BAR_WIDTH + 1), BAR_HEIGHT - height, height))
         groups.append(Group(label, x + GROUP_WIDTH // 2, tuple(bars)))
     return Histogram(title, unit, GROUP_WIDTH * len(groups), highest, tuple(groups))
 
 
 def _short(number: int) -> str:
-    return f"{number / 1000:g}k" if number >= 1000 and number % 100 == 0 else str(number)
+    if number < 1000:
+        return str(number)
+    return f"{number // 1024}k" if number % 1024 == 0 else f"{number / 1000:g}k"
 
 
 def length_bias(dataset: Dataset) -> str:
@@ -133,7 +136,7 @@ def length_bias(dataset: Dataset) -> str:
     )
 
 
-def summary(dataset: Dataset) -> dict[str, str]:
+def summary(dataset: Dataset) -> dict[str, Any]:
     """The figures of the facts list, in words."""
     stats, count = dataset.stats, max(dataset.num_pairs, 1)
 
@@ -143,6 +146,7 @@ def summary(dataset: Dataset) -> dict[str, str]:
     difference = stats.get("mean_length_difference", 0.0)
     tokens = stats.get("tokens_estimate", {})
     return {
+        "kinds": [(code.replace("_", " "), number) for code, number in stats.get("by_code", {}).items()],
         "size": readable_size(dataset.size_bytes),
         "multi_turn": share("num_multi_turn"),
         "system": share("num_system"),

@@ -117,7 +117,7 @@ def _create(
     owner: Any, *, upload: File[bytes], original_name: str, name: str, is_example: bool = False
 ) -> Dataset:
     dataset = Dataset(
-        owner=owner, original_name=original_name, name=display_name(name)[:200], is_example=is_example
+        owner=owner, original_name=original_name, name=_printable(name)[:200], is_example=is_example
     )
     dataset.folder.mkdir(parents=True)
     try:
@@ -149,8 +149,11 @@ def _keep(upload: File[bytes], target: Path) -> tuple[str, int]:
 
 def display_name(name: str) -> str:
     """A file's name as text to show: no folders, no control or direction marks, no longer than the column."""
-    last = name.replace("\\", "/").rsplit("/", 1)[-1]
-    return "".join(char for char in last if char.isprintable()).strip()[:255] or "dataset"
+    return _printable(name.replace("\\", "/").rsplit("/", 1)[-1])[:255]
+
+
+def _printable(text: str) -> str:
+    return "".join(char for char in text if char.isprintable()).strip() or "dataset"
 
 
 def dataset_rename(dataset: Dataset, *, name: str) -> None:

@@ -40,11 +40,12 @@ def refusal_of(request: HttpRequest) -> Refusal | None:
 
 def readable_size(size: float) -> str:
     """In the units of the upload limit's setting: 1 MB = 1024 * 1024 bytes."""
-    for unit in ("bytes", "KB", "MB"):
-        if size < 1024 or (unit == "MB" and size < 10 * 1024):
-            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GB"
+    unit = "bytes"
+    for larger in ("KB", "MB", "GB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if size >= 10 or size == int(size) else f"{size:.1f} {unit}"
 
 
 def too_large() -> Refusal:

@@ -52,6 +52,7 @@ class Validation:
         self._hash = sha256()
         self._shape: Format | None = None
         self._bad_lines = 0
+        self._first_error = ""  # in words, for the one sentence when nothing could be used
 
     def run(self) -> Report:
         """Reads to the end. Raises only what `progress` or the disk raises."""
@@ -82,8 +83,10 @@ class Validation:
         problems, pair = self._convert(line)
         if pair is None:
             self._bad_lines += 1
-            for problem in problems:
-                self._findings.add(findings.error(problem, line=line.number, item=line.item))
+            found = [findings.error(problem, line=line.number, item=line.item) for problem in problems]
+            for finding in found:
+                self._findings.add(finding)
+            self._first_error = self._first_error or found[0].sentence
             return
         pair["id"] = f"record-{line.item}" if line.item else f"line-{line.number}"
         for finding in self._checks.of_pair(pair, line=line.number, item=line.item):
@@ -123,7 +126,7 @@ class Validation:
         for finding in self._checks.of_all(count):
             self._findings.add(finding)
         if not count and not refused:
-            refused = "No line of the file could be used as a preference pair. See the findings."
+            refused = f"No record of the file could be used as a preference pair. {self._first_error}"
         stats = self._statistics.to_json(num_prompts=len(self._checks.prompts))
         stats["offsets"] = self._offsets.to_json()
         stats["issue_offsets"] = self._findings.offsets.to_json()

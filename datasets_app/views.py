@@ -25,7 +25,7 @@ from datasets_app.validation import format_title
 
 DATASETS_PER_PAGE = 25
 PAIRS_PER_PAGE = 5
-FINDINGS_PER_PAGE = 25
+FINDINGS_PER_PAGE = 10
 SEED_FORMATS = ("messages", "preferred_output", "prompt")  # shown in full on the upload page
 
 

@@ -41,7 +41,7 @@ def unknown_shape(value: dict[str, Any]) -> Problem:
             "These are single answers with a thumbs up or down. Preference tuning needs two answers to the "
             "same prompt: pair one with thumbs up and one with thumbs down."
         )
-    expected = "; or ".join(" + ".join(f"`{key}`" for key in shape.required) for shape in FORMATS.values())
+    expected = "one of the shapes " + ", ".join(f"“{shape.title}”" for shape in FORMATS.values())
     return Problem("unknown_shape", "(record)", f"the keys {found}", expected, advice)
 
 

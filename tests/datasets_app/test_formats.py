@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datasets_app.formats import FORMATS, detect, unknown_shape
 from datasets_app.formats.pair import Pair, Record
@@ -200,3 +202,33 @@ def test_unknown_keys_are_noted_wherever_they_stand() -> None:
     record = Record(value)
     FORMATS["messages"].read(record)
     assert record.unknown == {"source", "messages[].weight"}
+
+
+KEYS = sorted({key for shape in FORMATS.values() for key in (*shape.required, *shape.optional)})
+TEXTS = st.sampled_from(["", " ", "q", "a", "b", "\ud800"])
+ROLE_NAMES = st.sampled_from(["user", "assistant", "system", "human", "gpt", "boss", 7])
+MESSAGES = st.fixed_dictionaries(
+    {}, optional={"role": ROLE_NAMES, "content": TEXTS, "from": ROLE_NAMES, "value": TEXTS, "x": st.none()}
+)
+VALUES = st.recursive(
+    TEXTS | st.none() | st.booleans() | st.integers() | MESSAGES,
+    lambda inner: (
+        st.lists(MESSAGES | inner, max_size=4)
+        | st.fixed_dictionaries({}, optional={"messages": inner, "text": inner})
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(sorted(FORMATS)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6))
+@settings(max_examples=600, deadline=None)
+def test_any_record_is_either_a_pair_or_says_what_is_wrong(key: str, value: dict[str, Any]) -> None:
+    """Whatever stands where: no exception, no silent loss, and a pair keeps the promises of the canonical form."""
+    record = Record(value)
+    pair = FORMATS[key].read(record)
+    assert (pair is None) == bool(record.problems)
+    if pair is not None:
+        assert pair["prompt"] and pair["chosen"] != pair["rejected"]
+        for side in (pair["chosen"], pair["rejected"]):
+            assert side[0]["role"] == side[-1]["role"] == "assistant"
+        json.dumps(pair, ensure_ascii=False).encode()

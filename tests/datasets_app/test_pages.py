@@ -180,7 +180,10 @@ def test_a_dataset_being_validated_shows_progress_and_asks_again(
 
 @pytest.mark.parametrize(
     ("data", "status", "words"),
-    [(b"prose\n", "invalid", "No line of the file"), (b"[]", "invalid", "holds no records")],
+    [
+        (b"prose\n", "invalid", "No record of the file could be used as a preference pair. Line 1: found"),
+        (b"[]", "invalid", "holds no records"),
+    ],
 )
 def test_a_dataset_without_pairs_says_why(
     validated: MakeDataset, alice_client: Client, data: bytes, status: str, words: str
@@ -215,9 +218,9 @@ def test_pages_of_pairs_and_findings_come_alone_for_htmx(
     assert pairs.lstrip().startswith('<div id="pairs">') and "Question 12?" in pairs
     assert "Question 1?" not in pairs and "Page 3 of 3" in pairs
     findings = part("findings", "?findings=2")
-    assert findings.lstrip().startswith('<div id="findings">') and "Line 39" in findings
+    assert findings.lstrip().startswith('<div id="findings">') and "Line 24" in findings
     assert "Line 12<" not in findings
-    assert "Page 3 of 3" in part("findings", "?findings=999")
+    assert "Page 7 of 7" in part("findings", "?findings=999")
 
 
 def test_somebodys_text_is_shown_as_text_everywhere(validated: MakeDataset, alice_client: Client) -> None:
