@@ -1,8 +1,8 @@
 """The thread in a worker's main process that sweeps, says that this machine is there, and ends a stuck
 worker.
 
-A fork copies only the thread that forks: a child made while this one is inside SQLite would inherit its locks
-for ever. So forks wait until a sweep is over, and no database connection outlives a sweep.
+A fork copies only the thread that forks, and everything that is open: a child made while this one is inside
+SQLite would inherit its locks for ever. So forks wait until a sweep is over, and no connection outlives one.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Sweeper(threading.Thread):
         if no_broker():  # this thread is then how work is found
             every = min(every, self.limits.own_ring_after)
         while True:
-            self._probe_if_due()
             with _fork_gate:
                 try:
+                    self._probe_if_due()
                     self._once()
                 except Exception:
                     logger.exception("A sweep failed; the next one comes in %.0f s", every)
@@ -78,7 +78,7 @@ class Sweeper(threading.Thread):
             self._watch_consumer(now)
 
     def _probe_if_due(self) -> None:
-        """Outside the gate: nvidia-smi may take seconds."""
+        """Inside the gate: a pool process forked meanwhile would hold the pipe to nvidia-smi open for ever."""
         now = time.monotonic()
         if "gpu" in self.queues and now - self._probed > self.limits.probe_every:
             self._probed = now
