@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 from pathlib import Path
 
@@ -68,3 +69,8 @@ def test_no_committed_file_names_a_place_it_must_not_know() -> None:
         data = path.read_bytes()
         for word in FORBIDDEN_WORDS:
             assert word.encode() not in data, f"{path.relative_to(ROOT)} has {word}"
+
+
+def test_no_test_reaches_another_machine() -> None:
+    with pytest.raises(AssertionError, match="tried to reach"):
+        socket.create_connection(("192.0.2.1", 80), timeout=0.2)
