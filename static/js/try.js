@@ -29,7 +29,7 @@ restart.addEventListener("click", (event) => {
 against?.addEventListener("change", () => {
   forget();
   const parent = against.value === "parent";
-  at("reference-name").textContent = against.selectedOptions[0].text.replace(/, the (bare base|model it was trained from)$/, "");
+  at("reference-name").textContent = parent ? form.dataset.parentName : form.dataset.baseName;
   at("reference-what").textContent = parent ? "the model it was trained from" : "the bare base, no adapter";
 });
 
@@ -67,7 +67,7 @@ async function answer() {
   if (!prompt.value.trim()) return tell("Write a prompt first.");
   const abort = new AbortController();
   const body = new FormData(form); // before the box is emptied
-  const turn = new TurnView(prompt.value, against?.value === "parent" ? at("reference-name").textContent : "Base");
+  const turn = new TurnView(prompt.value, against?.value === "parent" ? form.dataset.parentName : "Base");
   begin(abort, turn);
   let failed = false;
   try {

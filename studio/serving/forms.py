@@ -20,7 +20,7 @@ def _between(low: float, high: float, what: str) -> dict[str, str]:
 
 
 class TryForm(forms.Form):
-    """`has_parent`: whether the left side may be the model this one was trained from."""
+    """`has_parent`: the left side may also be the model this one was trained from."""
 
     prompt = forms.CharField(
         max_length=PROMPT_CHARACTERS,
@@ -74,12 +74,12 @@ class TryForm(forms.Form):
     )
     history = forms.CharField(required=False, strip=False, widget=forms.HiddenInput)
 
-    def __init__(self, *args: Any, base_name: str, parent_name: str = "", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, has_parent: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.turns: list[Turn] = []
-        choices = [("base", f"{base_name}, the bare base")]
-        if parent_name:
-            choices.append(("parent", f"{parent_name}, the model it was trained from"))
+        choices = [("base", "The bare base")]
+        if has_parent:
+            choices.append(("parent", "The model it was trained from"))
         against = self.fields["against"]
         assert isinstance(against, forms.ChoiceField)  # noqa: S101 - declared above
         against.choices = choices

@@ -65,8 +65,7 @@ async def _lines(question: Question) -> AsyncIterator[bytes]:
 
 
 def _form(model: TrainedModel, data: Any, initial: dict[str, Any] | None = None) -> TryForm:
-    parent = model.parent.name if model.parent else ""
-    return TryForm(data, initial=initial, base_name=model.base_model_name, parent_name=parent)
+    return TryForm(data, initial=initial, has_parent=model.parent is not None)
 
 
 async def _whole_answers(

@@ -167,7 +167,7 @@ async def test_the_left_side_may_be_the_model_this_one_was_trained_from(
     events = await lines(await client.post(at("stream", child), ASK | {"against": "parent"}))
     assert {event["side"] for event in events if event["type"] == "text"} == {"parent", "tuned"}
     page = (await client.get(at("try", child))).content.decode()
-    assert "the bare base" in page and "the model it was trained from" in page
+    assert "The bare base" in page and "The model it was trained from" in page
     await chat_room().close()
 
 
