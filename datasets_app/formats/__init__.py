@@ -33,7 +33,7 @@ def unknown_shape(value: dict[str, Any]) -> Problem:
     found = ", ".join(shorten(key, 24) for key in list(value)[:10]) or "none"
     nearest = min(FORMATS.values(), key=lambda shape: _distance(shape, value))
     missing = [f"`{key}`" for key in nearest.required if key not in value]
-    advice = "Write every record in one of the shapes shown on the upload page."
+    advice = "Write every record in one of these shapes."
     if len(missing) < len(nearest.required):
         advice = f"The nearest shape is “{nearest.title}”: add {' and '.join(missing)}."
     if "label" in value and "messages" in value:
@@ -41,7 +41,7 @@ def unknown_shape(value: dict[str, Any]) -> Problem:
             "These are single answers with a thumbs up or down. Preference tuning needs two answers to the "
             "same prompt: pair one with thumbs up and one with thumbs down."
         )
-    expected = "one of the shapes " + ", ".join(f"“{shape.title}”" for shape in FORMATS.values())
+    expected = f"one of the shapes on the upload page, such as “{FORMATS['prompt'].title}”"
     return Problem("unknown_shape", "(record)", f"the keys {found}", expected, advice)
 
 
