@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,6 +210,25 @@ async def test_without_ticks_new_rows_come_by_the_timer(
         raise ConnectionError("no broker")
 
     monkeypatch.setattr("channels.layers.InMemoryChannelLayer.group_add", broken)
+    alice, cookie = alice_and_cookie
+    task = await task_of(alice)
+    client = socket(task.id, cookie)
+    assert (await client.connect())[0]
+    await client.receive_json()
+    await write_point(task, 4, {"loss": 0.5})
+    assert (await client.receive_json())["points"][0]["step"] == 4
+    await client.disconnect()
+
+
+async def test_a_page_opened_while_the_broker_is_away_is_live_by_the_timer(
+    alice_and_cookie: Any, settings: Any, tmp_path: Path
+) -> None:
+    settings.CHANNEL_LAYERS = {
+        "default": {
+            "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
+            "CONFIG": {"hosts": [f"unix://{tmp_path}/nobody.sock"]},
+        }
+    }
     alice, cookie = alice_and_cookie
     task = await task_of(alice)
     client = socket(task.id, cookie)

@@ -16,6 +16,7 @@ from django.urls import reverse
 
 from tests.training.monitor_rows import add_events, add_log, add_point, add_points, make_model, make_task
 from training.models import TrainingTask
+from training.monitor.feed import frame_after
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 NAMES = ("detail", "points", "csv", "log", "stop", "delete")
@@ -207,6 +208,15 @@ def test_a_long_history_comes_in_pages_without_holes_or_doubles(alice: Any, alic
         seen += sorted(row["seq"] for row in frame["points"] + frame["events"])
         after, more = frame["to"], frame["more"]
     assert seen == list(range(1, 1142))
+
+
+def test_a_frame_never_reaches_beyond_the_seq_that_was_read_with_the_task(alice: Any) -> None:
+    """Rows committed between two of its queries would come with a hole before them."""
+    task = make_task(alice)
+    add_points(task, 5)
+    task.last_seq = 3  # as read before the last two were written
+    frame = frame_after(task, 1)
+    assert (frame["to"], [point["seq"] for point in frame["points"]]) == (3, [2, 3])
 
 
 @pytest.mark.parametrize("after", ["-1", "x", "1e3", "99999999999999999999", "٣"])

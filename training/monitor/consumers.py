@@ -33,6 +33,7 @@ SOCKETS_PER_USER = 20
 MAX_FRAME = 64 * 1024
 MAX_FRAMES = 30  # from the client, per FRAMES_SECONDS
 FRAMES_SECONDS = 10.0
+NO_LAYER = "none"  # no layer is configured under this name
 LAST_LOOKS = 3  # after the end of a task: its last event may be written just after its status
 
 open_sockets: Counter[Any] = Counter()  # user id -> sockets of this process
@@ -42,8 +43,20 @@ class TaskConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     look_seconds = 1.0
     send_seconds = 10.0
     recheck_seconds = 60.0
+    begun = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """A broker that is away fails before anything was received; the socket then lives without a channel."""
+        try:
+            await super().__call__(scope, receive, send)
+        except Exception:
+            if self.begun:
+                raise
+            self.channel_layer_alias = NO_LAYER
+            await super().__call__(scope, receive, send)
 
     async def connect(self) -> None:
+        self.begun = True
         self.reader: asyncio.Task[None] | None = None
         self.counted = False
         self.user = self.scope["user"]
