@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
+import uvicorn
 from asgiref.sync import sync_to_async
+from django.conf import settings
 from django.test import AsyncClient, Client
 from django.urls import reverse
 
+from studio.asgi import application
 from studio.serving.conversation import ConversationError, Turn, messages_of, read_turns, write_turns
-from studio.serving.turns import chat_room
+from studio.serving.turns import Question, chat_room
 from tests.studio.made_models import make_base, make_model
 from training.models import TrainedModel
 
@@ -183,7 +189,7 @@ async def test_what_a_model_says_is_shown_as_text(model: TrainedModel, alice: An
     assert "<script>alert(1)" not in text and "<img src=x" not in text
 
 
-# --- the conversation ----------------------------------------------------------------------------------------
+# --- the conversation --------------------------------------------------------------------------------------
 def test_each_side_reads_its_own_earlier_answers() -> None:
     turns = [Turn("first", "from base", "from tuned")]
     for side, own in (("base", "from base"), ("parent", "from base"), ("tuned", "from tuned")):
@@ -215,3 +221,38 @@ def test_a_conversation_may_not_grow_without_end() -> None:
         read_turns(write_turns([Turn("p", "", "")] * 51, against="base"), against="base")
     with pytest.raises(ConversationError, match="characters"):
         read_turns(write_turns([Turn("p" * 100_001, "", "")], against="base"), against="base")
+
+
+# --- through a real server ---------------------------------------------------------------------------------
+@pytest.mark.django_db(transaction=True)
+async def test_a_browser_that_goes_away_stops_the_answer(model: TrainedModel, alice: Any) -> None:
+    client = await asker(alice)
+    secret = "a" * 32
+    session = client.cookies[settings.SESSION_COOKIE_NAME].value
+    cookies = f"{settings.SESSION_COOKIE_NAME}={session}; {settings.CSRF_COOKIE_NAME}={secret}"
+    body = urlencode(ASK | {"prompt": "slow", "csrfmiddlewaretoken": secret}).encode()
+    head = (
+        f"POST {at('stream', model)} HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {cookies}\r\n"
+        f"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    server = uvicorn.Server(uvicorn.Config(application, port=0, lifespan="off", log_level="error"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+    writer.write(head.encode() + body)
+    await asyncio.wait_for(reader.readuntil(b"tuned1.3"), 10)
+    writer.close()
+    started = time.monotonic()
+    later = Question(
+        model_path=model.base_model.path if model.base_model else "",
+        adapters={"tuned": str(model.folder)},
+        sides={"tuned": [{"role": "user", "content": "Hello"}]},
+        temperature=0, top_p=1, max_new_tokens=1, seed=0,
+    )  # fmt: skip
+    events = [event async for event in chat_room().answer(later)]
+    assert events[-1]["type"] == "end"
+    assert time.monotonic() - started < 4  # "slow" goes on for ten seconds
+    await chat_room().close()
+    server.should_exit = True
+    await serving
