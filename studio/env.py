@@ -7,6 +7,7 @@ variable, what was found and what is allowed; a secret may also be given as a fi
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from django.core.exceptions import ImproperlyConfigured
@@ -127,6 +128,8 @@ def env_file(name: str, default: Path) -> None:
         value = value.strip()
         if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
             value = value[1:-1]
+        else:
+            value = re.split(r"(?:^|\s)#", value, maxsplit=1)[0].rstrip()  # a remark after the value
         os.environ.setdefault(key.strip(), value)
 
 

@@ -200,7 +200,7 @@ if CELERY_BROKER_URL != "memory://":
     }
 
 # Two workers under one name on one machine share its slots; machines with equal host names need one each.
-WORKER_NAME = env_str("STUDIO_WORKER_NAME", socket.gethostname())
+WORKER_NAME = env_str("STUDIO_WORKER_NAME") or socket.gethostname()
 ENGINE_COMMAND = [sys.executable, "-m", "training.engine", "train"]  # the run directory is appended
 CHAT_COMMAND = [sys.executable, "-m", "training.engine", "chat"]
 ENGINE_ENV: dict[str, str] = {}  # added to the explicit list that the engine gets
@@ -336,4 +336,5 @@ LOGGING: dict[str, Any] = {
 }
 LOGS_DIR.mkdir(exist_ok=True)
 
+env_str("STUDIO_TEST_DATA")  # read by tests alone; whoever sets it for them can start the studio all the same
 reject_unknown()

@@ -7,14 +7,11 @@ import os
 import shutil
 import tempfile
 
-from studio.env import env_str
-
 # Set, not defaulted: a test must never meet the folder that somebody works with.
 os.environ["STUDIO_DATA_DIR"] = tempfile.mkdtemp(prefix="studio-test-")
 atexit.register(shutil.rmtree, os.environ["STUDIO_DATA_DIR"], ignore_errors=True)
 os.environ["STUDIO_REDIS_URL"] = "none"
 os.environ["STUDIO_ENV_FILE"] = "none"  # a developer's own .env is no part of a test
-env_str("STUDIO_TEST_DATA")  # where tests may find other people's datasets
 
 from studio.settings import *  # noqa: E402, F403
 

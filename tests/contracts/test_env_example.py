@@ -28,23 +28,26 @@ def test_secrets_and_only_they_are_marked_as_such() -> None:
     assert {f"{name}_FILE" for name in SECRETS} <= env.known()
 
 
-def test_its_values_are_the_defaults() -> None:
-    """A fresh start with every line uncommented has the settings of a fresh start without the file."""
+def test_its_values_are_the_defaults(tmp_path: Path) -> None:
+    """A start with the file, every line uncommented as it stands, has the settings of a start without it."""
+    file = tmp_path / "settings.env"
+    file.write_text(re.sub(r"^#(?=STUDIO_|DATABASE_)", "", EXAMPLE, flags=re.MULTILINE), encoding="utf-8")
     names = "HOST PORT HTTPS DEBUG ALLOWED_HOSTS GPU_SLOTS UPLOAD_MAX_BYTES CHAT_IDLE_SECONDS REDIS_URL LOG_LEVEL "
-    names += "HUB_OFFLINE STARTER_MODEL TRUSTED_PROXIES MODEL_ROOTS DATA_DIR DATABASE_URL"
+    names += (
+        "HUB_OFFLINE STARTER_MODEL TRUSTED_PROXIES MODEL_ROOTS DATA_DIR DATABASE_URL WORKER_NAME SECRET_KEY"
+    )
     code = f"from studio import settings as s; print([str(getattr(s, n)) for n in {names.split()!r}])"
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("STUDIO_", "DATABASE_"))}
-    uncommented = {name: value for name, value in LINE.findall(EXAMPLE) if value}
     outputs = [
         subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
-            env=plain | {"STUDIO_ENV_FILE": "none"} | extra,
+            env=plain | {"STUDIO_ENV_FILE": env_file},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for extra in ({}, uncommented)
+        for env_file in ("none", str(file))
     ]
     assert outputs[0] == outputs[1]
     assert settings.VERSION

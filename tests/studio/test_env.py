@@ -99,7 +99,7 @@ def test_a_file_of_settings_yields_to_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / ".env"
-    file.write_text("# a comment\n\nX_ONE=from file\nX_TWO = 'quoted'\nX_THREE=\n")
+    file.write_text("# a comment\n\nX_ONE=from file\nX_TWO = 'quoted # whole'\nX_THREE=a#b  # a remark\n")
     monkeypatch.setenv("X_ONE", "from environment")
     for name in ("X_TWO", "X_THREE"):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
@@ -107,8 +107,8 @@ def test_a_file_of_settings_yields_to_the_environment(
     env.env_file("X_ENV_FILE", file)
     assert [env.env_str(name, "?") for name in ("X_ONE", "X_TWO", "X_THREE")] == [
         "from environment",
-        "quoted",
-        "",
+        "quoted # whole",
+        "a#b",
     ]
 
 
