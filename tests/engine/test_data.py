@@ -21,6 +21,7 @@ from training.engine.data import (
     length_sorted_batches,
     read_pairs,
     tokenize_pairs,
+    within_budget,
 )
 from training.engine.errors import RefusedError
 from training.engine.policy import load_tokenizer
@@ -155,3 +156,5 @@ def test_batches_without_gradient_are_longest_first_and_complete() -> None:
     pairs = [pair(n, n, n) for n in (1, 50, 3, 20, 200)]
     batches = list(length_sorted_batches(pairs, budget=100))
     assert [[len(item.prompt) for item in batch] for batch in batches] == [[200], [50], [20, 3, 1]]
+    kept = list(within_budget(pairs, budget=160))
+    assert [[len(item.prompt) for item in batch] for batch in kept] == [[1, 50], [3, 20], [200]]

@@ -11,6 +11,7 @@ import torch
 
 from tests.engine.conftest import NewRun
 from tests.engine.policies import bend, gradients, tiny_config, tiny_data, tiny_policy
+from training.engine import loop
 from training.engine.data import TokenizedPair
 from training.engine.logps import sum_by_owner, token_logps
 from training.engine.order import Order
@@ -103,6 +104,19 @@ def test_one_by_eight_equals_eight_by_one(new_run: NewRun) -> None:
     for other in others:
         for step, values in one.items():
             assert values == pytest.approx(other[step], rel=2e-4, abs=2e-5), step
+
+
+def test_a_token_budget_inside_the_batch_changes_nothing(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = []
+    for budget in (100_000, 150):
+        monkeypatch.setitem(loop.TRAIN_BUDGET, "cpu", budget)
+        run = new_run(str(budget), per_device_train_batch_size=8, lora_dropout=0.0)
+        assert run.train() == 0
+        points.append(run.points("train"))
+    for step, values in points[0].items():
+        assert values == pytest.approx(points[1][step], rel=2e-4, abs=2e-5), step
 
 
 def test_the_first_evaluation_is_ln_2_with_no_divergence(new_run: NewRun) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,11 +205,11 @@ def data_sha256(pairs: Sequence[TokenizedPair]) -> str:
     return total.hexdigest()
 
 
-def length_sorted_batches(pairs: Sequence[TokenizedPair], *, budget: int) -> Iterator[list[TokenizedPair]]:
-    """For passes without gradient: longest first (memory peaks at once), about `budget` tokens each."""
+def within_budget(pairs: Iterable[TokenizedPair], *, budget: int) -> Iterator[list[TokenizedPair]]:
+    """The pairs in their order, cut where the next one would pass `budget` tokens; never an empty list."""
     batch: list[TokenizedPair] = []
     used = 0
-    for pair in sorted(pairs, key=lambda pair: pair.num_tokens, reverse=True):
+    for pair in pairs:
         if batch and used + pair.num_tokens > budget:
             yield batch
             batch, used = [], 0
@@ -217,3 +217,9 @@ def length_sorted_batches(pairs: Sequence[TokenizedPair], *, budget: int) -> Ite
         used += pair.num_tokens
     if batch:
         yield batch
+
+
+def length_sorted_batches(pairs: Iterable[TokenizedPair], *, budget: int) -> Iterator[list[TokenizedPair]]:
+    """For passes without gradient: longest first, so that memory peaks at once."""
+    by_length = sorted(pairs, key=lambda pair: pair.num_tokens, reverse=True)
+    return within_budget(by_length, budget=budget)

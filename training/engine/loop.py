@@ -14,7 +14,7 @@ import torch
 
 from training.contract import Metric, RunConfig
 from training.engine.checkpoints import Identity, save_checkpoint
-from training.engine.data import TokenizedPair
+from training.engine.data import TokenizedPair, within_budget
 from training.engine.errors import DivergedError, InterruptedRunError
 from training.engine.evaluation import Evaluator
 from training.engine.events import EventLog, finite
@@ -27,6 +27,8 @@ from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps
 
 NONFINITE_LIMIT = 3
+# Tokens of a forward with gradient. A CPU is no faster with more of them, and their activations fill its memory.
+TRAIN_BUDGET = {"cpu": 1024, "cuda": 32768}
 Values = dict[str, float | None]
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class Loop:
         self.accelerator = Accelerator(cpu=policy.scorer.placement.device.type == "cpu")
         self.scorer = self.accelerator.prepare_model(policy.scorer)
         self.trainable = policy.trainable
+        self.budget = TRAIN_BUDGET[policy.scorer.placement.device.type]
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -148,13 +151,13 @@ class Loop:
         num_pairs = sum(len(indices) for indices in micro_batches)
         window, num_tokens = Window(beta=self.config.beta), 0
         for micro_step, indices in enumerate(micro_batches):
-            pairs = [self.train[index] for index in indices]
             self.order.reseed_dropout(step, micro_step)
-            losses, logps = self.score(pairs)
-            self.accelerator.backward(losses.sum() / num_pairs)
-            window.add(losses, logps)
-            window.add_sampled_kl(logps)
-            num_tokens += sum(pair.num_tokens for pair in pairs)
+            for pairs in within_budget([self.train[index] for index in indices], budget=self.budget):
+                losses, logps = self.score(pairs)
+                self.accelerator.backward(losses.sum() / num_pairs)
+                window.add(losses, logps)
+                window.add_sampled_kl(logps)
+                num_tokens += sum(pair.num_tokens for pair in pairs)
         limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
         norm = float(self.accelerator.clip_grad_norm_(self.trainable.values(), limit))
         values = window.values()

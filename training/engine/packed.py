@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from training.engine import shared_attention
 from training.engine.data import TokenizedPair
@@ -43,7 +44,7 @@ def packed_states(
         start = segment.end
     ids = np.concatenate([part for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected)])
 
-    def tensor(arrays: list[np.ndarray]) -> torch.Tensor:  # type: ignore[type-arg]
+    def tensor(arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device)
 
     outputs = decoder(
@@ -58,7 +59,7 @@ def packed_states(
     return CompletionStates(outputs.last_hidden_state[0, tensor(predicting)], labels, owner, 2 * len(pairs))
 
 
-def use_shared_prefix(model: nn.Module) -> None:
+def use_shared_prefix(model: PreTrainedModel) -> None:
     """Let the model's attention understand packed pairs; anything else it does stays plain SDPA."""
     model.set_attn_implementation(shared_attention.NAME)
 
