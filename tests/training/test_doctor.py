@@ -52,7 +52,7 @@ def test_after_the_end_nobody_is_told_to_continue_and_a_model_is_tried_only_when
         return read_curves(healthy(), total_steps=STEPS, running=False, kept=kept)[0]
 
     assert "beside its base" in ended(kept=True).action
-    assert "No model came out" in ended(kept=False).action
+    assert "No model of this run is kept" in ended(kept=False).action
     assert "Continue" not in ended(kept=True).action
 
 

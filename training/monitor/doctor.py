@@ -174,7 +174,7 @@ def _too_early(reason: str, run: Run) -> Finding:
 def _judge(run: Run) -> str:
     if run.kept:
         return "Try the model beside its base on prompts it has not seen."
-    return "No model came out of this run, so there is nothing to judge but these curves."
+    return "No model of this run is kept, so there are only these curves to judge by."
 
 
 def _train_falls(train: list[tuple[int, float]]) -> bool:
