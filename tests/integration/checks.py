@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 from training.models import TrainingTask
@@ -30,5 +31,5 @@ def assert_never_two_at_once(trail: Path) -> None:
         spans[task].setdefault(attempt, []).append(int(moment))
     for attempts in spans.values():
         ordered = sorted((min(moments), max(moments), attempt) for attempt, moments in attempts.items())
-        for (_, end, first), (begin, _, second) in zip(ordered, ordered[1:], strict=False):
+        for (_, end, first), (begin, _, second) in pairwise(ordered):
             assert end <= begin, f"{first} and {second} were stepping at the same time"

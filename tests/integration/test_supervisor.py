@@ -34,7 +34,10 @@ pytestmark = [pytest.mark.slow]
 @pytest.fixture
 def box(make_box: Callable[..., Box], settings: Any) -> Box:
     box = make_box(broker=False)
-    settings.ENGINE_COMMAND = [sys.executable, str(Path(django_settings.BASE_DIR) / "tests" / "stub_engine.py")]
+    settings.ENGINE_COMMAND = [
+        sys.executable,
+        str(Path(django_settings.BASE_DIR) / "tests" / "stub_engine.py"),
+    ]
     settings.WORKER_TIMES = TIMES
     settings.ENGINE_ENV = {"STUB_STEPS": "12", "STUB_STEP_SECONDS": "0.005", "STUB_TRAIL": str(box.trail)}
     return box

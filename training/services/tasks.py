@@ -123,19 +123,15 @@ def task_duplicate(task: TrainingTask, *, by: Any) -> TrainingTask:
 
 def task_delete(task: TrainingTask, *, by: Any) -> Answer:
     """Remove a draft or an ended task with its run folder. A model that came out of it stays in My Models."""
-    if _status(task) not in DELETABLE:
-        return Answer(False, "The task has not ended. Cancel it first, then delete it.")
     with transaction.atomic():
-        row = TrainingTask.objects.select_for_update().filter(pk=task.pk, status__in=DELETABLE).first()
-        if row is not None:
-            row.delete()
-    if row is None:
-        if TrainingTask.objects.filter(pk=task.pk).exists():
-            return Answer(False, "The task was started again meanwhile. Cancel it first, then delete it.")
-        return Answer(True, "The task was already deleted.")
-    remove_folder(
-        task.folder
-    )  # after the row: a crash between leaves a folder that the workers' sweep removes
+        row = TrainingTask.objects.select_for_update().filter(pk=task.pk).first()
+        if row is None:
+            return Answer(True, "The task was already deleted.")
+        if row.status not in DELETABLE:
+            return Answer(False, "The task has not ended. Cancel it first, then delete it.")
+        row.delete()
+    # After the row: a crash between leaves a folder that the workers' sweep removes.
+    remove_folder(task.folder)
     logger.info("Task %s was deleted by %s", task.pk, by)
     return Answer(True, "The task was deleted.")
 
