@@ -37,14 +37,17 @@ class SpoolingHandler(ASGIHandler):
         folder = str(settings.FILE_UPLOAD_TEMP_DIR)
         limit = settings.FILE_UPLOAD_MAX_MEMORY_SIZE
         body: IO[bytes] = tempfile.SpooledTemporaryFile(limit, mode="w+b", dir=folder)  # noqa: SIM115
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                body.close()
-                raise RequestAborted
-            body.write(message.get("body", b""))
-            if not message.get("more_body", False):
-                break
+        try:
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise RequestAborted
+                body.write(message.get("body", b""))
+                more = message.get("more_body", False)
+        except BaseException:
+            body.close()
+            raise
         body.seek(0)
         return body
 
