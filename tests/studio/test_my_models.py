@@ -126,7 +126,7 @@ def test_a_model_whose_task_and_base_are_gone_still_has_its_page(
     model.task.delete()
     model.base_model.delete()
     page = alice_client.get(at("detail", model)).content.decode()
-    assert "was deleted, and its curves with it" in page
+    assert "the curves went with it" in page
     assert "org/tiny-base" in page
 
 
