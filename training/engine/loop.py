@@ -28,7 +28,7 @@ from training.engine.reference import ReferenceLogps
 
 NONFINITE_LIMIT = 3
 # Tokens of a forward with gradient. A CPU is no faster with more of them, and their activations fill its memory.
-TRAIN_BUDGET = {"cpu": 1024, "cuda": 32768}
+TRAIN_BUDGET = {"cpu": 512, "cuda": 32768}
 Values = dict[str, float | None]
 logger = logging.getLogger(__name__)
 

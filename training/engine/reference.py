@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from training.engine.policy import Placement, Policy
 
 FORMAT = 1  # raise it when the numbers in a shard would change
 SHARD_PAIRS = 512
+SHARD_SECONDS = 60.0  # a killed pass loses at most this much
 # Tokens a forward pass without gradient: enough to fill the device, few enough to report progress often.
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 16384}
 
@@ -51,6 +53,7 @@ class ReferenceLogps:
         self._folder = folder
         self._records: dict[bytes, Floats] = {}
         self._unsaved: dict[bytes, Floats] = {}
+        self._written = time.monotonic()
 
     def __contains__(self, pair: TokenizedPair) -> bool:
         return pair.digest() in self._records
@@ -61,7 +64,8 @@ class ReferenceLogps:
 
     def add(self, pair: TokenizedPair, values: Floats) -> None:
         self._records[pair.digest()] = self._unsaved[pair.digest()] = values
-        if len(self._unsaved) >= SHARD_PAIRS:
+        due = time.monotonic() - self._written >= SHARD_SECONDS
+        if due or len(self._unsaved) >= SHARD_PAIRS:
             self.flush()
 
     def load(self, wanted: Iterable[TokenizedPair]) -> None:
@@ -110,6 +114,7 @@ class ReferenceLogps:
         finally:
             temporary.unlink(missing_ok=True)
         self._unsaved.clear()
+        self._written = time.monotonic()
 
 
 def score_reference(
