@@ -190,7 +190,7 @@ class Supervisor:
             program = self._program(
                 f"worker-{queue}",
                 command,
-                stop_seconds=15.0,  # a training step and its checkpoint
+                stop_seconds=50.0,  # it ends by itself within 45 s: a training step and its checkpoint
                 quick_exit_codes=frozenset({CONSUMER_STUCK}),
             )
             self.workers.append(Child(program))

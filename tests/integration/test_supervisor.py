@@ -506,3 +506,41 @@ def test_a_task_whose_input_is_gone_fails_with_a_next_step(
     assert run_all() == 1
     task.refresh_from_db()
     assert task.status == "failed" and sentence in task.error and task.next_step
+
+
+def test_an_error_nobody_foresaw_counts_as_an_attempt_and_ends_the_task(
+    task: TrainingTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.worker import supervisor
+
+    def broken(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(supervisor, "prepare", broken)
+    assert run_all() == 3
+    task.refresh_from_db()
+    assert task.status == "failed" and "an error of its own" in task.error
+    assert "KeyError" not in task.error and task.next_step
+
+
+def test_a_disk_that_takes_nothing_fails_the_task_with_a_next_step(
+    task: TrainingTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from training.services import outputs
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "_move", full)
+        assert run_all() == 1
+    task.refresh_from_db()
+    assert task.status == "failed" and "No space left on device" in task.error
+    assert "free space" in task.next_step and not TrainedModel.objects.exists()
+    assert task_retry(task, by="alice").ok
+    assert run_all() == 1
+    task.refresh_from_db()
+    assert task.status == "succeeded", "the finished run was kept: only its result is entered"
+    assert not (task.folder / "e2" / "events.jsonl").exists()
