@@ -15,6 +15,7 @@ from django.utils.http import content_disposition_header
 from django.utils.text import slugify
 from django.views.decorators.http import require_GET, require_http_methods
 from django.views.decorators.vary import vary_on_headers
+from django_htmx.http import HttpResponseClientRedirect
 from django_htmx.middleware import HtmxDetails
 
 from studio.accounts.audit import audit
@@ -80,6 +81,8 @@ def model_rename(request: HtmxRequest, model_id: UUID) -> HttpResponse:
 def _name(
     request: HtmxRequest, model: TrainedModel, form: RenameForm | None, *, status: int = 200
 ) -> HttpResponse:
+    if form is None and request.htmx.current_url_abs_path == request.path:
+        return HttpResponseClientRedirect(model.get_absolute_url())  # from the page that has only this form
     context: dict[str, Any] = {"section": "models", "model": model, "form": form}
     template = "my_models/rename.html#model-name" if request.htmx else "my_models/rename.html"
     return render(request, template, context, status=status)

@@ -158,6 +158,13 @@ def test_a_rename_works_without_javascript_and_with_htmx(model: TrainedModel, al
     assert "<form" not in alice_client.get(at("rename", model) + "?as=text", **HX).content.decode()
 
 
+def test_a_rename_on_its_own_page_leads_back_to_the_model(model: TrainedModel, alice_client: Client) -> None:
+    """A click before the scripts were there opens that page; saving with htmx must not leave one on it."""
+    headers = {"HX-Request": "true", "HX-Current-URL": "http://testserver" + at("rename", model)}
+    response = alice_client.post(at("rename", model), {"name": "Newer"}, headers=headers)
+    assert response.headers["HX-Redirect"] == at("detail", model)
+
+
 @pytest.mark.parametrize("name", ["", "   ", "x" * 300, "bell\a", "turn\u202earound"])
 @pytest.mark.parametrize("headers", [{}, HX["headers"]])
 def test_a_name_that_cannot_be_is_422_and_nothing_changes(
