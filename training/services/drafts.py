@@ -57,6 +57,11 @@ def draft_create(
     )
 
 
+def draft_unsaved() -> TrainingTask:
+    """Nobody's draft with every default: for pages that show a model before there is a task."""
+    return TrainingTask()
+
+
 def draft_from_task(task: TrainingTask) -> TrainingTask:
     """The same choices in a new draft; names say that it is another one."""
     return TrainingTask.objects.create(
