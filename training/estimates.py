@@ -17,6 +17,7 @@ MIB = 1024**2
 GIB = 1024**3
 
 EVALUATIONS_AIMED_AT = 10  # when the person leaves "evaluate every" to the studio
+CHECKPOINTING_FROM = 1_000_000_000  # parameters; the engine's own limit, on a GPU
 LOGITS_ROWS = 256  # rows of the vocabulary projection that are alive at once
 RUNTIME_BYTES = {
     "cpu": 600 * MIB,
@@ -145,7 +146,7 @@ def steps(num_train_pairs: int, parameters: Mapping[str, Any]) -> tuple[int, int
     if num_train_pairs <= 0:
         return 0, 0
     per_epoch = math.ceil(num_train_pairs / effective_batch(parameters))
-    return per_epoch, max(1, math.ceil(per_epoch * float(parameters["num_train_epochs"])))
+    return per_epoch, max(1, math.ceil(per_epoch * float(parameters["num_train_epochs"]) - 1e-9))
 
 
 def evaluation_interval(total_steps: int, wanted: int, *, has_validation: bool) -> tuple[int, int]:
@@ -168,25 +169,39 @@ def memory(shape: ModelShape, parameters: Mapping[str, Any], tokens: PairTokens,
 
     weights      parameters * 2 bytes (bf16 on a GPU) or 4 (float32 on a CPU)
     adapter      LoRA parameters * 16: value, gradient and two AdamW moments in float32
-    activations  tokens of the fullest micro-batch * layers * kept values per token and layer, where
-                 kept = 4 hidden + 4 attention + 4 experts_per_token * intermediate (measured), and with
-                 dropout 1.4 * (5 hidden + attention + intermediate) more: dropped inputs, their masks;
-                 and the working space of a layer in its backward pass
+    activations  tokens of the fullest micro-batch * bytes kept per token:
+                 per layer 4 hidden (float32) + 4 attention + 4 experts_per_token * intermediate, measured;
+                 dropout adds 1.4 * (5 hidden + attention + intermediate): dropped inputs and their masks.
+                 A layer more is at work in the backward pass. From 1e9 parameters on, a GPU keeps only
+                 1.25 hidden per layer and computes the rest of one layer at a time again
     logits       256 rows of the vocabulary * (values, gradient, softmax) * 4 bytes
     """
     size = machine.bytes_per_weight
-    h, a, i = shape.hidden_size, shape.attention_width, shape.intermediate_size * shape.experts_per_token
-    kept = 4.0 * h + 4.0 * a + 4.0 * i
-    if parameters["lora_dropout"] > 0:
-        kept += 1.4 * (5 * h + a + i)
     fullest = int(parameters["per_device_train_batch_size"]) * _longest_pair(parameters, tokens)
+    layer = _kept_per_layer(shape, dropout=parameters["lora_dropout"] > 0, size=size)
+    if is_checkpointed(shape, machine):
+        per_token = shape.num_layers * 1.25 * shape.hidden_size * 4 + layer
+    else:
+        per_token = (shape.num_layers + 1) * layer
     return Memory(
         weights=shape.num_parameters * size,
         adapter=lora_parameters(shape, parameters) * 16,
-        activations=int(fullest * kept * (shape.num_layers + 1) * size),
+        activations=int(fullest * per_token),
         logits=LOGITS_ROWS * shape.vocab_size * 4 * 3,
         runtime=RUNTIME_BYTES[machine.device],
     )
+
+
+def is_checkpointed(shape: ModelShape, machine: Machine) -> bool:
+    """Does the engine compute activations again instead of keeping them?"""
+    return machine.device == "cuda" and shape.num_parameters >= CHECKPOINTING_FROM
+
+
+def _kept_per_layer(shape: ModelShape, *, dropout: bool, size: int) -> float:
+    """Bytes that one layer keeps of one token for its backward pass."""
+    h, a, i = shape.hidden_size, shape.attention_width, shape.intermediate_size * shape.experts_per_token
+    kept = 4.0 * h * 4 + (4.0 * a + 4.0 * i) * size
+    return kept + (1.4 * (5 * h + a + i) * size if dropout else 0.0)
 
 
 def _longest_pair(parameters: Mapping[str, Any], tokens: PairTokens) -> int:
@@ -231,16 +246,19 @@ def seconds(
     """Rough wall time from floating-point work.
 
     With N active parameters a token costs 2N forward; training adds 2N backward (frozen weights have no
-    gradient) and 6 per LoRA parameter. A pair is prompt + chosen and prompt + rejected. The reference pass
-    reads every pair once forward; an evaluation twice (policy, and the reference for the exact KL). Work
-    is divided by the machine's speed, but no step is faster than the floor of its device.
+    gradient), 6 per LoRA parameter, and 2N again where activations are recomputed. A pair is prompt + chosen
+    and prompt + rejected. The reference pass reads every pair once forward; an evaluation twice (policy, and
+    the reference for the exact KL). Work is divided by the machine's speed, but no step is faster than the
+    floor of its device.
     """
     n = shape.active_parameters or shape.num_parameters
     side = float(parameters["max_length"])
     pair = min(side, tokens.prompt + tokens.chosen) + min(side, tokens.prompt + tokens.rejected)
     trained_pairs = total_steps * effective_batch(parameters)
     limit = max(1.0, num_train_pairs * float(parameters["num_train_epochs"]))
-    work = pair * min(trained_pairs, math.ceil(limit)) * (4 * n + 6 * lora_parameters(shape, parameters))
+    again = 2 * n if is_checkpointed(shape, machine) else 0
+    each = 4 * n + again + 6 * lora_parameters(shape, parameters)
+    work = pair * min(trained_pairs, math.ceil(limit)) * each
     work += pair * (num_train_pairs + num_eval_pairs) * 2 * n
     work += pair * num_eval_pairs * num_evaluations * 4 * n
     floor = total_steps * FLOOR_SECONDS_PER_STEP[machine.device]
