@@ -104,9 +104,7 @@ def test_a_killed_worker_leaves_no_orphan_and_its_run_goes_on(
             kill_quietly(pool)
         else:
             box.kill_worker(worker, pool_too=victim == "tree")
-            # Without its pool an engine is dead at once; the pool of a killed worker saves a checkpoint first.
-            limit = 0.5 if victim == "tree" else 6.0
-            box.wait(lambda: not box.processes(), "the end of all its processes", limit)
+            box.wait(lambda: not box.processes(), "the end of all its processes", 0.5)
             worker = box.start_worker(**STUB)
         assert_ended_well(box, task)
     assert len(box.engines()) == 0

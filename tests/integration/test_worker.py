@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 from celery import Celery
 from channels_redis.pubsub import RedisPubSubChannelLayer
@@ -121,10 +122,30 @@ def test_without_a_broker_the_same_worker_finds_its_work(make_box: Callable[...,
         box.wait_status(task, "succeeded")
         assert time.monotonic() - began < 8
         assert_every_step_once(task, 15)
-    running = make_task(person)
-    box.wait_step(running, 1)
-    assert task_cancel(running, by="alice").ok
-    box.wait_status(running, "cancelled", "succeeded")
+
+
+def test_without_a_broker_a_shutdown_is_as_orderly_and_a_killed_worker_leaves_as_little(
+    make_box: Callable[..., Box],
+) -> None:
+    """Here a thread of Celery's pool forks its processes anew, and the kernel ties them to that thread."""
+    box = make_box(broker=False)
+    worker = box.start_worker(STUB_STEPS="5000")
+    task = make_task(get_user_model().objects.get(username="alice"))
+    box.wait_step(task, 5)
+    psutil.Process(task.runs.get().pid).kill()
+    box.wait(lambda: task.runs.filter(epoch=2, engine_pid__gt=0).exists(), "the next attempt")
+    box.wait_step(task, task.step + 5)
+    worker.terminate()
+    box.wait(lambda: not box.engines(), "the end of the engine", 5)
+    assert worker.wait(timeout=20) == 0, "Celery looks for the lost pool process for 10 s"
+    task.refresh_from_db()
+    assert (task.status, task.attempts) == ("queued", 0)
+    assert task.checkpoints.latest("step").step == task.step, "nothing that was done is lost"
+    assert not box.processes()
+    worker = box.start_worker(STUB_STEPS="5000")
+    box.wait(lambda: task.runs.filter(epoch=3, engine_pid__gt=0).exists(), "the third attempt")
+    worker.kill()
+    box.wait(lambda: not box.processes(), "the end of all its processes", 1)
 
 
 def test_sigterm_to_the_worker_writes_a_checkpoint_and_gives_the_task_back(box: Box, person: Any) -> None:

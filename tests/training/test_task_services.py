@@ -14,7 +14,7 @@ from tests.training.making import make_base_model, make_task
 from training.models import BaseModel, Checkpoint, TrainedModel, TrainingTask, WorkerHost
 from training.services import queue
 from training.services.queue import queue_position, ring, waiting_reason
-from training.services.tasks import task_cancel, task_delete, task_retry, task_stop
+from training.services.tasks import task_cancel, task_delete, task_duplicate, task_retry, task_stop
 
 ENDED = ["succeeded", "stopped", "failed", "cancelled"]
 
@@ -219,3 +219,13 @@ def test_a_retry_rings_after_the_commit_and_not_before(
         callback()
     assert rung == [("training.run", [str(task.pk)])]
     shutil.rmtree(task.folder, ignore_errors=True)
+
+
+def test_a_duplicate_is_a_new_draft_and_leaves_a_line_in_the_history(alice: Any) -> None:
+    task = make_task(alice, status="failed", parameters={"beta": 0.3})
+    draft = task_duplicate(task, by="alice")
+    assert (draft.status, draft.parameters, draft.owner) == ("draft", {"beta": 0.3}, alice)
+    assert draft.pk != task.pk and draft.dataset == task.dataset
+    task.refresh_from_db()
+    assert task.status == "failed"
+    assert sentences(task) == [(1, "person", "alice duplicated the task into a new draft.")]

@@ -17,6 +17,7 @@ from django.db import transaction
 
 from training import states
 from training.models import TrainingTask
+from training.services.drafts import draft_from_task
 from training.services.history import event_add
 from training.services.queue import queue_position, ring_on_commit, waiting_reason
 
@@ -113,8 +114,6 @@ def task_retry(task: TrainingTask, *, by: Any) -> Answer:
 
 def task_duplicate(task: TrainingTask, *, by: Any) -> TrainingTask:
     """A new draft with the same choices; the task itself is not touched except for a line in its history."""
-    from training.services.drafts import draft_from_task
-
     draft = draft_from_task(task)
     if task.status != Status.DRAFT:
         event_add(task.pk, f"{by} duplicated the task into a new draft.", source="person")

@@ -1,13 +1,12 @@
 """Whether this process should bring its work to an orderly end.
 
-Three ways to learn it: the worker's main process drains (one shared byte, no lock that a killed child could
-hold), this process got SIGTERM, or the main process is gone and a stranger is the parent now.
+Two ways to learn it: the worker's main process drains (one shared byte, no lock that a killed child could hold),
+or this process got SIGTERM.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,12 +28,11 @@ class Shutdown:
     """`wanted` turns true once and stays."""
 
     def __init__(self) -> None:
-        self._parent = os.getppid()
         self._asked = False
 
     @property
     def wanted(self) -> bool:
-        return self._asked or draining() or os.getppid() != self._parent
+        return self._asked or draining()
 
     def ask(self, *_: Any) -> None:
         self._asked = True

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import sys
 import threading
 import time
 from typing import Any
 
 from celery import shared_task, signals
 
+from training.services.queue import no_broker
 from training.worker import downloads
+from training.worker.engine_process import PR_SET_PDEATHSIG
 from training.worker.shutdown import Shutdown, start_draining
 from training.worker.supervisor import run_next
 from training.worker.sweeper import Sweeper
@@ -21,22 +25,17 @@ __all__ = ["downloads", "run"]  # importing downloads registers its task
 logger = logging.getLogger(__name__)
 
 IDLE_GRACE = 5.0  # a worker with nothing to do that is still there after so long hangs in its broker
-WATCH_PARENT_SECONDS = 0.5
+WATCH_PARENT_SECONDS = 0.2
 
 _sweeper: Sweeper | None = None
-_supervising = threading.Event()
 
 
 @shared_task(name="training.run", ignore_result=True)
 def run(task_id: str) -> None:
     """The id is a hint: what runs is the oldest task that may, so the queue is what the pages say it is."""
     shutdown = Shutdown()
-    _supervising.set()
-    try:
-        with shutdown.on_sigterm():
-            run_next(shutdown)
-    finally:
-        _supervising.clear()
+    with shutdown.on_sigterm():
+        run_next(shutdown)
 
 
 @signals.celeryd_after_setup.connect
@@ -65,16 +64,19 @@ def sign_off(**_: Any) -> None:
 
 
 @signals.worker_process_init.connect
-def watch_parent(**_: Any) -> None:
-    """A pool process must not outlive its worker: a supervisor ends its run first, all others end at once."""
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="watch-parent", daemon=True).start()
+def end_with_parent(**_: Any) -> None:
+    """A pool process must not outlive its worker, and an engine not its supervisor: what is lost, the lease tells.
+
+    On Linux Celery has asked the kernel for that. But the kernel means the thread that forked, and without a
+    broker that may be a thread of the pool, which ends early in every orderly shutdown.
+    """
+    if no_broker() and sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)
+    threading.Thread(target=_watch_parent, args=(os.getppid(),), name="watch-parent", daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
+def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(WATCH_PARENT_SECONDS)
-    deadline = time.monotonic() + times().drain_limit
-    while _supervising.is_set() and time.monotonic() < deadline:
         time.sleep(WATCH_PARENT_SECONDS)
     os._exit(1)
 
