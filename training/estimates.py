@@ -18,9 +18,10 @@ GIB = 1024**3
 
 EVALUATIONS_AIMED_AT = 10  # when the person leaves "evaluate every" to the studio
 CHECKPOINTING_FROM = 1_000_000_000  # parameters; the engine's own limit, on a GPU
+TRAIN_BUDGET = {"cpu": 512, "cuda": 32_768}  # tokens of one forward with gradient; the engine's own limits
 LOGITS_ROWS = 256  # rows of the vocabulary projection that are alive at once
 RUNTIME_BYTES = {
-    "cpu": 600 * MIB,
+    "cpu": 800 * MIB,
     "cuda": 1200 * MIB,
 }  # interpreter, libraries, CUDA context, allocator's slack
 TIGHT, TOO_LARGE = 0.80, 0.95  # share of the machine's memory
@@ -169,7 +170,8 @@ def memory(shape: ModelShape, parameters: Mapping[str, Any], tokens: PairTokens,
 
     weights      parameters * 2 bytes (bf16 on a GPU) or 4 (float32 on a CPU)
     adapter      LoRA parameters * 16: value, gradient and two AdamW moments in float32
-    activations  tokens of the fullest micro-batch * bytes kept per token:
+    activations  tokens of the fullest forward * bytes kept per token. A forward holds batch_size pairs, or
+                 as many as the engine's token budget lets in, and one at the least. A token keeps
                  per layer 4 hidden (float32) + 4 attention + 4 experts_per_token * intermediate, measured;
                  dropout adds 1.4 * (5 hidden + attention + intermediate): dropped inputs and their masks.
                  A layer more is at work in the backward pass. From 1e9 parameters on, a GPU keeps only
@@ -177,7 +179,9 @@ def memory(shape: ModelShape, parameters: Mapping[str, Any], tokens: PairTokens,
     logits       256 rows of the vocabulary * (values, gradient, softmax) * 4 bytes
     """
     size = machine.bytes_per_weight
-    fullest = int(parameters["per_device_train_batch_size"]) * _longest_pair(parameters, tokens)
+    longest = _longest_pair(parameters, tokens)
+    budget = max(TRAIN_BUDGET[machine.device], longest)
+    fullest = min(int(parameters["per_device_train_batch_size"]) * longest, budget)
     layer = _kept_per_layer(shape, dropout=parameters["lora_dropout"] > 0, size=size)
     if is_checkpointed(shape, machine):
         per_token = shape.num_layers * 1.25 * shape.hidden_size * 4 + layer
@@ -205,11 +209,11 @@ def _kept_per_layer(shape: ModelShape, *, dropout: bool, size: int) -> float:
 
 
 def _longest_pair(parameters: Mapping[str, Any], tokens: PairTokens) -> int:
-    """Both sides of the longest pair, each with its prompt, as far as max_length lets them."""
+    """Tokens of the longest pair, its prompt counted once, as far as max_length lets both sides grow."""
     side = int(parameters["max_length"])
     if tokens.longest:
         side = min(side, tokens.longest)
-    return 2 * side
+    return 2 * side - min(round(tokens.prompt), side // 2)
 
 
 def fit(memory: Memory, machine: Machine) -> Fit:
@@ -246,14 +250,15 @@ def seconds(
     """Rough wall time from floating-point work.
 
     With N active parameters a token costs 2N forward; training adds 2N backward (frozen weights have no
-    gradient), 6 per LoRA parameter, and 2N again where activations are recomputed. A pair is prompt + chosen
-    and prompt + rejected. The reference pass reads every pair once forward; an evaluation twice (policy, and
-    the reference for the exact KL). Work is divided by the machine's speed, but no step is faster than the
-    floor of its device.
+    gradient), 6 per LoRA parameter, and 2N again where activations are recomputed. A pair is prompt +
+    chosen + rejected, the prompt computed once. The reference pass reads every pair once forward; an
+    evaluation twice (policy, and the reference for the exact KL). Work is divided by the machine's speed,
+    but no step is faster than the floor of its device.
     """
     n = shape.active_parameters or shape.num_parameters
     side = float(parameters["max_length"])
-    pair = min(side, tokens.prompt + tokens.chosen) + min(side, tokens.prompt + tokens.rejected)
+    shared = min(side, tokens.prompt)
+    pair = shared + min(side - shared, tokens.chosen) + min(side - shared, tokens.rejected)
     trained_pairs = total_steps * effective_batch(parameters)
     limit = max(1.0, num_train_pairs * float(parameters["num_train_epochs"]))
     again = 2 * n if is_checkpointed(shape, machine) else 0
@@ -323,7 +328,7 @@ def show_seconds(value: float) -> str:
 def show_count(value: float) -> str:
     """135M, 4.0B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+        if value >= 0.9995 * size:  # what rounds to 1000M is 1.0B
             short = value / size
             return f"{short:.0f}{unit}" if short >= 100 or unit in "Mk" else f"{short:.1f}{unit}"
     return f"{value:.0f}"

@@ -3,6 +3,9 @@ measured."""
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,20 +72,58 @@ def test_lora_parameters_of_the_starter_are_those_that_were_counted() -> None:
 
 def test_kept_activations_agree_with_saved_tensor_hooks() -> None:
     """Measured on a SmolLM2-shaped model: 17,003 values per token and layer with dropout, 10,139 without."""
+    tokens = PairTokens(prompt=0, longest=256)
     for dropout, measured in ((0.05, 17_003), (0.0, 10_139)):
         parameters = recipes.resolve({"lora_dropout": dropout, "per_device_train_batch_size": 1})
-        found = estimates.memory(starter(), parameters, TOKENS, CPU)
-        per_token_and_layer = found.activations / (2 * 512) / 31 / 4
+        found = estimates.memory(starter(), parameters, tokens, CPU)
+        per_token_and_layer = found.activations / (2 * 256) / 31 / 4
         assert per_token_and_layer == pytest.approx(measured, rel=0.1)
 
 
+def test_a_measured_run_is_estimated_within_a_third() -> None:
+    """The starter on the example data, two cores: 2.66 GB at the peak, 12 steps, 4 evaluations, 230 s.
+
+    Its reference pass came from the cache, so that part of the estimate is taken off.
+    """
+    found = estimates.estimate_run(
+        shape=starter(),
+        parameters=recipes.resolve({}),
+        tokens=PairTokens(prompt=45, chosen=23, rejected=56, longest=260),
+        machine=CPU,
+        num_train_pairs=185,
+        num_eval_pairs=21,
+        eval_steps=4,
+    )
+    assert (found.total_steps, found.num_evaluations) == (12, 4)
+    assert found.memory.total == pytest.approx(2.66e9, rel=0.33)
+    reference = 206 * (45 + 23 + 56) * 2 * 134_515_008 / CPU.flops
+    assert found.seconds - reference == pytest.approx(230, rel=0.33)
+
+
 def test_memory_follows_what_the_help_says() -> None:
-    base = estimate().memory
-    assert estimate(per_device_train_batch_size=4).memory.activations == pytest.approx(2 * base.activations)
-    assert estimate(lora_r=32).memory.adapter == 2 * base.adapter
-    assert estimate(max_length=256).memory.activations == pytest.approx(base.activations / 2)
-    assert estimate(max_length=4096).memory == base  # no pair is longer than 512
-    assert estimate(gradient_accumulation_steps=64).memory == base
+    base = estimate(H200).memory
+    assert estimate(H200, per_device_train_batch_size=4).memory.activations == pytest.approx(
+        2 * base.activations
+    )
+    assert estimate(H200, lora_r=32).memory.adapter == 2 * base.adapter
+    assert estimate(H200, max_length=256).memory.activations < 0.6 * base.activations
+    assert estimate(H200, max_length=4096).memory == base  # no pair is longer than 512
+    assert estimate(H200, gradient_accumulation_steps=64).memory == base
+
+
+def test_a_large_batch_is_computed_in_parts_that_fit_the_engine_s_budget() -> None:
+    assert estimate(CPU, per_device_train_batch_size=64).memory == estimate(CPU).memory
+    gpu = [estimate(H200, per_device_train_batch_size=size).memory.activations for size in (32, 64, 128)]
+    assert gpu[0] < gpu[1] == gpu[2]
+
+
+def test_budgets_and_limits_are_those_of_the_engine() -> None:
+    """Read from its source: importing it would cost this fast test a second of torch."""
+    engine = Path(estimates.__file__).parent / "engine"
+    (budget,) = re.findall(r"^TRAIN_BUDGET = (\{.+\})$", (engine / "loop.py").read_text(), re.M)
+    assert ast.literal_eval(budget) == estimates.TRAIN_BUDGET
+    (limit,) = re.findall(r"^CHECKPOINTING_FROM = ([\d_]+)", (engine / "policy.py").read_text(), re.M)
+    assert int(limit) == estimates.CHECKPOINTING_FROM
 
 
 def test_a_small_model_fits_and_a_large_one_is_refused_with_numbers() -> None:
