@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.core.management import call_command
 
-from tests.integration.box import Box, checkpointed, own_database, point_settings
+from tests.integration.box import TIMES, Box, checkpointed, own_database, point_settings
 from tests.needs import need_broker
+from tests.training.making import make_task
+from training.models import TrainingTask
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +62,21 @@ def box(make_box: Callable[..., Box]) -> Box:
 @pytest.fixture
 def person(box: Box) -> Any:
     return get_user_model().objects.get(username="alice")
+
+
+@pytest.fixture
+def own_box(make_box: Callable[..., Box], settings: Any) -> Box:
+    """No worker process: the test's own process does the work, see `tests.integration.in_process`."""
+    box = make_box(broker=False)
+    settings.ENGINE_COMMAND = [
+        sys.executable,
+        str(settings.BASE_DIR / "tests" / "stub_engine.py"),
+    ]
+    settings.WORKER_TIMES = TIMES
+    settings.ENGINE_ENV = {"STUB_STEPS": "12", "STUB_STEP_SECONDS": "0.005", "STUB_TRAIL": str(box.trail)}
+    return box
+
+
+@pytest.fixture
+def task(own_box: Box) -> TrainingTask:
+    return make_task(get_user_model().objects.get(username="alice"))

@@ -53,7 +53,8 @@ def test_it_dies_with_its_parent(engine: str, way: str, tmp_path: Path) -> None:
         env={**os.environ, "STUDIO_DATA_DIR": str(tmp_path / "data"), "STUDIO_REDIS_URL": "none"},
     )
     assert starter.stdout is not None
-    pid = int(starter.stdout.readline())
+    with starter.stdout:
+        pid = int(starter.stdout.readline())
     assert psutil.pid_exists(pid)
     starter.kill()
     starter.wait()
