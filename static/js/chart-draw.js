@@ -16,6 +16,12 @@ export class Chart {
     this.dragmode = touch.matches ? false : "zoom"; // a finger that scrolls the page must not zoom
     this.drawn = false;
     for (const trace of spec.figure.data) store.load(trace.meta.key, trace.x, trace.y);
+    this.#sayIfEmpty(); // a chart below the fold is drawn later, but it is not without points
+  }
+
+  #sayIfEmpty() {
+    this.card.querySelector("[data-empty]").hidden = !this.isEmpty;
+    this.element.hidden = this.isEmpty;
   }
 
   get isEmpty() {
@@ -23,8 +29,7 @@ export class Chart {
   }
 
   async draw(prefs, theme) {
-    this.card.querySelector("[data-empty]").hidden = !this.isEmpty;
-    this.element.hidden = this.isEmpty;
+    this.#sayIfEmpty();
     if (this.isEmpty) return;
     const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: "reset" };
     await Plotly.react(this.element, this.#traces(prefs, theme), this.#layout(prefs, theme), config);
