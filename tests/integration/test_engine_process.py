@@ -55,7 +55,8 @@ def test_it_dies_with_its_parent(engine: str, way: str, tmp_path: Path) -> None:
     assert starter.stdout is not None
     with starter.stdout:
         pid = int(starter.stdout.readline())
-    assert psutil.pid_exists(pid)
+    time.sleep(0.3)
+    assert alive(pid), "while its parent lives"
     starter.kill()
     starter.wait()
     deadline = time.monotonic() + 1.0
