@@ -84,14 +84,15 @@ class Loop:
         self._evaluated_step = -1
         self._started = self._saved = time.monotonic()
 
-    def run(self, before_first_step: Callable[[], None]) -> Literal["succeeded", "stopped"]:
-        """Steps until the last, a stop or an interrupt. A checkpoint precedes everything that may be long."""
+    def run(self) -> Literal["succeeded", "stopped"]:
+        """Steps until the last, a stop or an interrupt. A checkpoint precedes everything that may be long.
+
+        A stop that was asked for before the first step lets that one be taken: then there is a model to keep.
+        """
         self.policy.model.train()
         try:
             while True:
                 self.interrupts.check()
-                if self.state.step == 0:
-                    before_first_step()
                 done = self.state.step >= self.order.total_steps
                 stopping = not done and self.state.step > 0 and self.interrupts.stop_requested
                 if self._evaluation_due(done or stopping):

@@ -77,20 +77,13 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         reference=policy.reference_sentence,
     )
 
-    def leave_early() -> None:
-        interrupts.check()
-        if interrupts.stop_requested:
-            raise RefusedError(
-                "The run was stopped before its first step, so there is no model to keep.", "Start it again."
-            )
-
     events.phase("reference", total=len(data.train) + len(data.evaluation), unit="pairs")
     reference = score_reference(
         policy,
         [*data.train, *data.evaluation],
         Path(config.reference_cache_dir) if config.reference_cache_dir else run_dir / "reference",
         progress=lambda done, total: events.phase("reference", done=done, total=total, unit="pairs"),
-        check=leave_early,
+        check=interrupts.check,
     )
 
     loop = Loop(
@@ -107,7 +100,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         fingerprint=fingerprint(placement, policy.layout_name),
     )
     resume(loop, config, run_dir, events)
-    status = loop.run(leave_early)
+    status = loop.run()
 
     events.phase("saving")
     sha256, size = save_adapter(policy, tokenizer, config, run_dir)
