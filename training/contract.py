@@ -17,6 +17,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from training.chat_contract import ChatCancel as ChatCancel
+from training.chat_contract import ChatDone as ChatDone
+from training.chat_contract import ChatEnd as ChatEnd
+from training.chat_contract import ChatError as ChatError
+from training.chat_contract import ChatEvent as ChatEvent
+from training.chat_contract import ChatGenerate as ChatGenerate
+from training.chat_contract import ChatLoad as ChatLoad
+from training.chat_contract import ChatReady as ChatReady
+from training.chat_contract import ChatRequest as ChatRequest
+from training.chat_contract import ChatText as ChatText
+
 # --- names inside a run directory -----------------------------------------------------------------
 CONFIG_FILE = "config.json"
 EVENTS_FILE = "events.jsonl"
@@ -48,15 +59,24 @@ class ExitCode(enum.IntEnum):
 
 # --- metric keys: the same string in the database, in JSON, on a chart and in the docs --------------
 class Metric:
-    """Keys of a metrics event. Evaluation uses the same keys with the prefix `eval_`."""
+    """Keys of a metrics event. Evaluation uses the same keys with the prefix `eval_`.
 
-    LOSS = "loss"  # mean over the pairs of the step
-    REWARDS_CHOSEN = "rewards/chosen"  # beta * (policy logps - reference logps), mean over pairs
+    A key that a method does not define is null: `kl` without a reference (SFT, ORPO, SimPO); with SFT, which
+    has no rejected side, also the rewards and `logps/rejected`.
+    """
+
+    LOSS = "loss"  # what the gradient is of: mean over the pairs of the step, NLL over its chosen tokens
+    # beta times what the loss compares, mean over pairs: policy logps - reference logps (without a reference
+    # the policy's alone), divided by the answer's tokens where the loss does that (ipo, SimPO, ORPO, asked for)
+    REWARDS_CHOSEN = "rewards/chosen"
     REWARDS_REJECTED = "rewards/rejected"
     REWARDS_MARGINS = "rewards/margins"  # chosen - rejected
     REWARDS_ACCURACIES = "rewards/accuracies"  # share of pairs with margin > 0 (shown as "DPO accuracy")
     LOGPS_CHOSEN = "logps/chosen"  # summed over completion tokens, mean over pairs, nats
     LOGPS_REJECTED = "logps/rejected"
+    NLL_LOSS = "nll_loss"  # -log p per chosen token, nats; only where it is part of the loss
+    LOG_ODDS_CHOSEN = "log_odds_chosen"  # ORPO: log odds ratio of chosen over rejected, mean over pairs
+    LOG_ODDS_RATIO = "log_odds_ratio"  # ORPO: log sigmoid of it, mean over pairs
     KL = "kl"  # nats per completion token; exact over the vocabulary at evaluation, an estimate in training
     GRAD_NORM = "grad_norm"  # before clipping
     LEARNING_RATE = "learning_rate"
@@ -105,6 +125,7 @@ class PlanEvent(TypedDict):
     device: str
     dtype: str
     reference: str  # a sentence: which model the reference is
+    loss: str  # a sentence: what is minimised
 
 
 class MetricsEvent(TypedDict):
@@ -156,6 +177,7 @@ class Result(TypedDict, total=False):
     versions: dict[str, str]
     config: dict[str, Any]
     reference: str  # a sentence: which model the reference is
+    loss: str  # a sentence: what was minimised
     data_sha256: str  # of the tokenised training pairs
     weights_sha256: str  # of base weights and the adapter started from
     device: str
@@ -174,7 +196,7 @@ class RunConfig:
 
     `{"id": str, "prompt": [message…], "chosen": [message…], "rejected": [message…]}` with
     `message = {"role": "system"|"user"|"assistant"|"tool", "content": str}`; chosen and rejected do not
-    repeat the prompt.
+    repeat the prompt. SFT reads prompt and chosen, and `rejected` may be missing.
     """
 
     run_id: str
@@ -186,10 +208,13 @@ class RunConfig:
     reference_cache_dir: str = ""  # "" = no cache beyond this run
     resume_from: str = ""  # a verified checkpoint directory of an earlier attempt
 
-    method: str = "dpo"
-    loss_type: str = "sigmoid"
-    beta: float = 0.1
+    method: str = "dpo"  # dpo | sft | orpo
+    loss_type: str = "sigmoid"  # of DPO: see training/engine/losses.py
+    beta: float = 0.1  # DPO's, SimPO's (there 2 to 10 is usual), the weight of ORPO's odds ratio
     label_smoothing: float = 0.0
+    rpo_alpha: float = 0.0  # DPO: weight of the NLL of the chosen answers, per token
+    simpo_gamma: float = 0.0  # above 0: SimPO, so no reference, and log-probabilities per token
+    dpo_normalize_logratios_by_length: bool = False
 
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 2
@@ -229,6 +254,7 @@ class RunConfig:
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be from {low} to {high}, found {getattr(self, name)!r}.")
+        check_objective(self)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
@@ -257,6 +283,42 @@ class RunConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"{CONFIG_FILE} must hold one JSON object.")
         return cls.from_mapping(data)
+
+
+# Settings that only DPO reads.
+DPO_ONLY = ("loss_type", "label_smoothing", "rpo_alpha", "simpo_gamma", "dpo_normalize_logratios_by_length")
+# Of DPO's losses those that `label_smoothing` is part of; exo_pair is not defined without it.
+SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
+
+
+def check_objective(config: RunConfig) -> None:
+    """Settings that would be ignored, or contradict each other, are refused with a sentence."""
+    for name in ("rpo_alpha", "simpo_gamma"):
+        value = getattr(config, name)
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{name} must be 0 or a number above it, found {value!r}.")
+    if not isinstance(config.dpo_normalize_logratios_by_length, bool):
+        raise ConfigError("dpo_normalize_logratios_by_length must be true or false.")
+    if config.method != "dpo":
+        defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+        ignored = [name for name in DPO_ONLY if getattr(config, name) != defaults[name]]
+        if ignored:
+            raise ConfigError(
+                f"{' and '.join(ignored)} belong to the method dpo: leave them out, or choose dpo."
+            )
+        return
+    if config.simpo_gamma > 0 and config.loss_type != "sigmoid":
+        raise ConfigError(
+            f"simpo_gamma is a margin inside the loss_type sigmoid, not {config.loss_type}: "
+            "use sigmoid, or set simpo_gamma to 0."
+        )
+    if config.label_smoothing > 0 and config.loss_type not in SMOOTHED_LOSSES:
+        raise ConfigError(
+            f"The loss_type {config.loss_type} has no label_smoothing: set it to 0, or use "
+            f"{' or '.join(SMOOTHED_LOSSES)}."
+        )
+    if config.loss_type == "exo_pair" and config.label_smoothing == 0:
+        raise ConfigError("The loss_type exo_pair needs a label_smoothing above 0; its authors use 0.001.")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -308,72 +370,3 @@ def verify_checkpoint(path: Path) -> int:
         except OSError as error:
             raise ValueError(f"{name} of {path.name} cannot be read: {error.strerror}.") from None
     return int(manifest["step"])
-
-
-# --- chat: JSON lines between the web process and `python -m training.engine chat` --------------------
-class ChatLoad(TypedDict):
-    """Have this base in memory, with these adapters beside it: {"tuned": folder, "parent": folder}."""
-
-    type: Literal["load"]
-    model_path: str
-    adapters: dict[str, str]
-
-
-class ChatGenerate(TypedDict):
-    """Answer on every named side. "base" is the bare base; any other name is one of the loaded adapters."""
-
-    type: Literal["generate"]
-    id: str
-    sides: dict[str, list[dict[str, str]]]  # side -> messages; sides may differ after the first turn
-    temperature: float  # 0 = always the likeliest token
-    top_p: float
-    max_new_tokens: int
-    seed: int
-
-
-class ChatCancel(TypedDict):
-    type: Literal["cancel"]
-    id: str
-
-
-class ChatReady(TypedDict):
-    type: Literal["ready"]
-    device: str
-    dtype: str
-    seconds: float
-
-
-class ChatText(TypedDict):
-    type: Literal["text"]
-    id: str
-    side: str
-    text: str  # what is new since the last one; never half a character
-
-
-class ChatDone(TypedDict):
-    """One side has finished; the answer as a whole ends with `ChatEnd`."""
-
-    type: Literal["done"]
-    id: str
-    side: str
-    finish_reason: Literal["stop", "length", "cancelled"]
-    num_prompt_tokens: int
-    num_tokens: int
-    seconds: float  # this side's own share of the time
-
-
-class ChatEnd(TypedDict):
-    type: Literal["end"]
-    id: str
-
-
-class ChatError(TypedDict):
-    """A sentence for the person. `id` is "" when loading failed."""
-
-    type: Literal["error"]
-    id: str
-    text: str
-
-
-ChatRequest = ChatLoad | ChatGenerate | ChatCancel
-ChatEvent = ChatReady | ChatText | ChatDone | ChatEnd | ChatError

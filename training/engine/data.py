@@ -1,5 +1,7 @@
 """Pairs as token ids: reading, the chat template, the rule for over-long pairs. Knows no model.
 
+An example for SFT is a pair without its rejected side.
+
 The rule for a pair whose longer side passes `max_length`: the prompt loses tokens from its left first, down
 to an eighth of `max_length` (a leading BOS token stays), then the completions lose their ends. A pair whose
 two completions are then the same, or one of them empty, is dropped. Everything cut or dropped is counted.
@@ -12,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +25,17 @@ Ids = npt.NDArray[np.int32]
 RENDER_BATCH = 64  # pairs handed to the tokenizer at once
 PROMPT_SHARE = 8  # a cut prompt keeps at least max_length / PROMPT_SHARE tokens
 
+Sides = tuple[Literal["chosen", "rejected"], ...]
+BOTH_SIDES: Sides = ("chosen", "rejected")
+CHOSEN_SIDE: Sides = ("chosen",)
+
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class TokenizedPair:
-    """One prompt and its two completions. The prompt is never empty: its last token predicts their first."""
+    """One prompt and its two completions. The prompt is never empty: its last token predicts their first.
+
+    An SFT example has an empty `rejected`, for which nothing is computed.
+    """
 
     id: str
     prompt: Ids
@@ -53,6 +62,7 @@ class TokenizedPair:
 class DataReport:
     """What happened to the pairs of one file."""
 
+    noun: str = "pair"
     read: int = 0
     truncated: int = 0
     identical: int = 0
@@ -67,43 +77,48 @@ class DataReport:
     def sentences(self, split: str, max_length: int) -> Iterator[str]:
         if self.truncated:
             yield (
-                f"{self.truncated} of {self.read} {split} pairs were longer than {max_length} tokens and "
+                f"{self.truncated} of {self.read} {split} {self.noun}s were longer than {max_length} tokens and "
                 "were cut: the start of the prompt first, then the ends of the answers."
             )
         if self.identical:
-            yield f"{self.identical} {split} pairs were dropped: their answers are the same (after cutting)."
+            yield f"{self.identical} {split} {self.noun}s were dropped: their answers are the same (after cutting)."
         if self.empty:
-            yield f"{self.empty} {split} pairs were dropped: a side had no tokens left."
+            yield f"{self.empty} {split} {self.noun}s were dropped: a side had no tokens left."
         if self.refused_by_template:
             yield (
-                f"{self.refused_by_template} {split} pairs were dropped: the model's chat template refused "
+                f"{self.refused_by_template} {split} {self.noun}s were dropped: the model's chat template refused "
                 f"them ({self.template_message})."
             )
 
 
-def read_pairs(path: Path) -> list[dict[str, Any]]:
-    """The canonical pairs of a file, one JSON object a line."""
+def noun_of(sides: Sides) -> str:
+    return "pair" if sides == BOTH_SIDES else "example"
+
+
+def read_pairs(path: Path, *, sides: Sides = BOTH_SIDES) -> list[dict[str, Any]]:
+    """The canonical pairs of a file, one JSON object a line; each must have these sides."""
     pairs = []
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    pairs.append(_parse_pair(line, path, number))
+                    pairs.append(_parse_pair(line, path, number, sides))
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedError(f"{path.name} cannot be read: {error}.", "Prepare the dataset again.") from None
     return pairs
 
 
-def _parse_pair(line: str, path: Path, number: int) -> dict[str, Any]:
+def _parse_pair(line: str, path: Path, number: int, sides: Sides) -> dict[str, Any]:
     try:
         pair = json.loads(line)
-        for key in ("prompt", "chosen", "rejected"):
+        for key in ("prompt", *sides):
             for message in pair[key]:
                 if not (isinstance(message["role"], str) and isinstance(message["content"], str)):
                     raise TypeError(key)
     except (ValueError, KeyError, TypeError) as error:
+        wanted = "a preference pair" if sides == BOTH_SIDES else "an example with a prompt and a chosen answer"
         raise RefusedError(
-            f"Line {number} of {path.name} is not a preference pair ({type(error).__name__}: {error}).",
+            f"Line {number} of {path.name} is not {wanted} ({type(error).__name__}: {error}).",
             "Prepare the dataset again.",
         ) from None
     pair.setdefault("id", str(number))
@@ -115,31 +130,33 @@ def tokenize_pairs(
     tokenizer: Any,
     *,
     max_length: int,
+    sides: Sides = BOTH_SIDES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[TokenizedPair], DataReport]:
     """Render with the chat template, tokenise, cut. A completion is what the template adds to the prompt."""
-    report = DataReport(read=len(pairs))
+    report = DataReport(noun=noun_of(sides), read=len(pairs))
+    each = 1 + len(sides)  # texts of a pair
     kept: list[TokenizedPair] = []
     for start in range(0, len(pairs), RENDER_BATCH):
         rendered = []
         for pair in pairs[start : start + RENDER_BATCH]:
-            texts = _render(pair, tokenizer, report)
+            texts = _render(pair, tokenizer, report, sides)
             if texts is not None:
                 rendered.append((str(pair["id"]), texts))
         flat = [text for _, texts in rendered for text in texts]
         ids = tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else []
         for index, (name, _) in enumerate(rendered):
-            whole = _split_completions(name, *ids[3 * index : 3 * index + 3])
+            whole = _split_completions(name, *ids[each * index : each * (index + 1)])
             cut = cut_pair(whole, max_length=max_length, bos=tokenizer.bos_token_id)
-            if _keep(cut, report):
+            if _keep(cut, report, sides):
                 report.truncated += cut.num_tokens < whole.num_tokens
                 kept.append(cut)
         progress(min(start + RENDER_BATCH, len(pairs)), len(pairs))
     return kept, report
 
 
-def _render(pair: dict[str, Any], tokenizer: Any, report: DataReport) -> list[str] | None:
-    """Texts of prompt, prompt + chosen, prompt + rejected; None when the template refuses them."""
+def _render(pair: dict[str, Any], tokenizer: Any, report: DataReport, sides: Sides) -> list[str] | None:
+    """Texts of the prompt and of the prompt with each side; None when the template refuses them."""
     from jinja2.exceptions import TemplateError
 
     def render(messages: list[dict[str, str]], *, generation: bool) -> str:
@@ -148,8 +165,7 @@ def _render(pair: dict[str, Any], tokenizer: Any, report: DataReport) -> list[st
     try:
         return [
             render(pair["prompt"], generation=True),
-            render(pair["prompt"] + pair["chosen"], generation=False),
-            render(pair["prompt"] + pair["rejected"], generation=False),
+            *(render(pair["prompt"] + pair[side], generation=False) for side in sides),
         ]
     except (TemplateError, IndexError) as error:
         report.refused_by_template += 1
@@ -157,11 +173,15 @@ def _render(pair: dict[str, Any], tokenizer: Any, report: DataReport) -> list[st
         return None
 
 
-def _split_completions(name: str, prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
-    """Where a tokenizer merges across the border, the prompt ends at the last token that all three share."""
-    ids = [np.array(sequence, dtype=np.int32) for sequence in (prompt, chosen, rejected)]
-    shared = min(_common_prefix(ids[0], ids[1]), _common_prefix(ids[0], ids[2]))
-    return TokenizedPair(name, ids[0][:shared], ids[1][shared:], ids[2][shared:])
+def _split_completions(name: str, prompt: list[int], *with_completion: list[int]) -> TokenizedPair:
+    """Where a tokenizer merges across the border, the prompt ends at the last token that all of them share."""
+    start = np.array(prompt, dtype=np.int32)
+    wholes = [np.array(sequence, dtype=np.int32) for sequence in with_completion]
+    shared = min(_common_prefix(start, whole) for whole in wholes)
+    completions = [whole[shared:] for whole in wholes]
+    if len(completions) == 1:
+        completions.append(np.array([], dtype=np.int32))
+    return TokenizedPair(name, start[:shared], *completions)
 
 
 def _common_prefix(left: Ids, right: Ids) -> int:
@@ -187,11 +207,11 @@ def cut_pair(pair: TokenizedPair, *, max_length: int, bos: int | None = None) ->
     return TokenizedPair(pair.id, prompt, pair.chosen[:rest], pair.rejected[:rest])
 
 
-def _keep(pair: TokenizedPair, report: DataReport) -> bool:
-    if not (len(pair.prompt) and len(pair.chosen) and len(pair.rejected)):
+def _keep(pair: TokenizedPair, report: DataReport, sides: Sides) -> bool:
+    if not (len(pair.prompt) and all(len(getattr(pair, side)) for side in sides)):
         report.empty += 1
         return False
-    if np.array_equal(pair.chosen, pair.rejected):
+    if sides == BOTH_SIDES and np.array_equal(pair.chosen, pair.rejected):
         report.identical += 1
         return False
     return True

@@ -1,4 +1,4 @@
-"""The held-out pairs under the policy: metrics as in training, and the exact KL from the reference."""
+"""The held-out pairs under the policy: metrics as in training, and the exact KL where there is a reference."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from training.contract import RunConfig
 from training.engine.data import TokenizedPair, length_sorted_batches
 from training.engine.logps import exact_kl, token_logps
-from training.engine.losses import loss_named
-from training.engine.metrics import PairLogps, Window, as_evaluation
+from training.engine.metrics import Window, as_evaluation
+from training.engine.objective import Objective, PairLogps, mean_chosen_tokens
 from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps, token_budget
 
@@ -23,15 +22,19 @@ class Evaluator:
     """The same pairs in the same batches each time, dropout off: a change is the model's."""
 
     def __init__(
-        self, policy: Policy, pairs: Sequence[TokenizedPair], reference: ReferenceLogps, config: RunConfig
+        self,
+        policy: Policy,
+        pairs: Sequence[TokenizedPair],
+        reference: ReferenceLogps | None,
+        objective: Objective,
     ) -> None:
-        self._policy, self._reference, self._config = policy, reference, config
-        self._loss = loss_named(config.loss_type)
+        self._policy, self._reference, self._objective = policy, reference, objective
+        self._tokens_per_pair = mean_chosen_tokens(pairs) if pairs else 0.0
         budget = token_budget(policy.scorer.placement)
         # Pairs with the divergence come in their own batches: each batch has both passes or one.
         self._batches = [
             (batch, with_kl)
-            for part, with_kl in ((pairs[:KL_PAIRS], True), (pairs[KL_PAIRS:], False))
+            for part, with_kl in ((pairs[:KL_PAIRS], reference is not None), (pairs[KL_PAIRS:], False))
             for batch in length_sorted_batches(part, budget=budget)
         ]
         self._kept: dict[int, torch.Tensor] = {}
@@ -39,21 +42,14 @@ class Evaluator:
 
     def evaluate(self, progress: Callable[[int], None]) -> dict[str, float | None]:
         """Values under `eval_` keys. `progress` gets the pairs done, and may raise to leave."""
-        window, done = Window(beta=self._config.beta), 0
+        window, done = Window(self._objective), 0
         for number, (batch, with_kl) in enumerate(self._batches):
             with self._policy.inference():
                 states = self._policy.scorer(batch)
                 tokens = token_logps(states.hidden, states.labels, self._policy.head)
-            logps = PairLogps.of(states, tokens, self._reference.token_logps(batch, tokens.device))
-            losses = self._loss(
-                logps.policy_chosen,
-                logps.policy_rejected,
-                logps.reference_chosen,
-                logps.reference_rejected,
-                beta=self._config.beta,
-                label_smoothing=self._config.label_smoothing,
-            )
-            window.add(losses, logps)
+            before = None if self._reference is None else self._reference.token_logps(batch, tokens.device)
+            logps = PairLogps.of(states, tokens, before)
+            window.add(self._objective.losses(logps, tokens_per_pair=self._tokens_per_pair), logps)
             if with_kl:
                 theirs = self._reference_hidden(number, batch)
                 window.add_kl(exact_kl(states.hidden, theirs, self._policy.head))

@@ -14,14 +14,14 @@ import torch
 
 from training.contract import Metric, RunConfig
 from training.engine.checkpoints import Identity, save_checkpoint
-from training.engine.data import TokenizedPair, within_budget
+from training.engine.data import TokenizedPair, noun_of, within_budget
 from training.engine.errors import DivergedError, InterruptedRunError
 from training.engine.evaluation import Evaluator
 from training.engine.events import EventLog, finite
 from training.engine.interrupts import Interrupts
 from training.engine.logps import token_logps
-from training.engine.losses import loss_named
-from training.engine.metrics import PairLogps, Window
+from training.engine.metrics import Window
+from training.engine.objective import Objective, PairLogps, mean_chosen_tokens
 from training.engine.order import Order
 from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps
@@ -57,7 +57,7 @@ class Loop:
         policy: Policy,
         train: Sequence[TokenizedPair],
         evaluation: Sequence[TokenizedPair],
-        reference: ReferenceLogps,
+        reference: ReferenceLogps | None,
         order: Order,
         events: EventLog,
         interrupts: Interrupts,
@@ -71,8 +71,8 @@ class Loop:
         self.order, self.events, self.interrupts = order, events, interrupts
         self.identity, self.fingerprint = identity, fingerprint
         self.state = RunState()
-        self.evaluator = Evaluator(policy, evaluation, reference, config)
-        self.loss = loss_named(config.loss_type)
+        self.objective = Objective(config)
+        self.evaluator = Evaluator(policy, evaluation, reference, self.objective)
         self.accelerator = Accelerator(cpu=policy.scorer.placement.device.type == "cpu")
         self.scorer = self.accelerator.prepare_model(policy.scorer)
         self.trainable = policy.trainable
@@ -114,20 +114,15 @@ class Loop:
                 "Start it again: it goes on from there.",
             ) from None
 
-    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[torch.Tensor, PairLogps]:
-        """Loss of each pair [B], with gradient, and the log-probabilities behind it."""
+    def score(
+        self, pairs: Sequence[TokenizedPair], tokens_per_pair: float
+    ) -> tuple[torch.Tensor, PairLogps]:
+        """Each pair's share of the step's loss [B], with gradient, and the log-probabilities behind it."""
         states = self.scorer(pairs)
         tokens = token_logps(states.hidden, states.labels, self.policy.head)
-        logps = PairLogps.of(states, tokens, self.reference.token_logps(pairs, tokens.device))
-        losses = self.loss(
-            logps.policy_chosen,
-            logps.policy_rejected,
-            logps.reference_chosen,
-            logps.reference_rejected,
-            beta=self.config.beta,
-            label_smoothing=self.config.label_smoothing,
-        )
-        return losses, logps
+        before = None if self.reference is None else self.reference.token_logps(pairs, tokens.device)
+        logps = PairLogps.of(states, tokens, before)
+        return self.objective.losses(logps, tokens_per_pair=tokens_per_pair), logps
 
     def _schedule(self) -> Callable[[int], float]:
         """Share of the highest learning rate at a step (0-based). A function: nothing to restore."""
@@ -150,11 +145,12 @@ class Loop:
         learning_rate = self.config.learning_rate * self.schedule(step)
         micro_batches = self.order.micro_batches(step)
         num_pairs = sum(len(indices) for indices in micro_batches)
-        window, num_tokens = Window(beta=self.config.beta), 0
+        tokens_per_pair = mean_chosen_tokens([self.train[i] for indices in micro_batches for i in indices])
+        window, num_tokens = Window(self.objective), 0
         for micro_step, indices in enumerate(micro_batches):
             self.order.reseed_dropout(step, micro_step)
             for pairs in within_budget([self.train[index] for index in indices], budget=self.budget):
-                losses, logps = self.score(pairs)
+                losses, logps = self.score(pairs, tokens_per_pair)
                 self.accelerator.backward(losses.sum() / num_pairs)
                 window.add(losses, logps)
                 window.add_sampled_kl(logps)
@@ -193,7 +189,8 @@ class Loop:
         if self.state.nonfinite_streak >= NONFINITE_LIMIT:
             raise DivergedError(
                 f"Training diverged: {NONFINITE_LIMIT} updates in a row had no finite loss or gradient.",
-                "Lower the learning_rate, or raise beta or warmup_ratio.",
+                "Lower the learning_rate, or raise warmup_ratio"
+                + (" or beta." if self.objective.needs_reference else "."),
             )
 
     def _evaluation_due(self, last: bool) -> bool:
@@ -203,10 +200,10 @@ class Loop:
         return last or step == 0 or (every > 0 and step % every == 0)
 
     def _evaluate(self) -> None:
-        total = len(self.evaluation)
+        total, unit = len(self.evaluation), f"{noun_of(self.objective.sides)}s"
 
         def progress(done: int) -> None:
-            self.events.phase("evaluating", done=done, total=total, unit="pairs")
+            self.events.phase("evaluating", done=done, total=total, unit=unit)
             self.interrupts.check()
 
         progress(0)

@@ -7,61 +7,32 @@ import dataclasses
 import torch
 
 from training.contract import EVAL_PREFIX, Metric
-from training.engine.logps import sampled_kl, sum_by_owner
-from training.engine.losses import rewards
-from training.engine.plain import CompletionStates
-
-
-@dataclasses.dataclass(frozen=True)
-class PairLogps:
-    """Log-probabilities of a batch of B pairs under policy and reference."""
-
-    policy_tokens: torch.Tensor  # [C]
-    reference_tokens: torch.Tensor  # [C]
-    policy_chosen: torch.Tensor  # [B], summed over completion tokens, float64
-    policy_rejected: torch.Tensor
-    reference_chosen: torch.Tensor
-    reference_rejected: torch.Tensor
-
-    @classmethod
-    def of(cls, states: CompletionStates, policy: torch.Tensor, reference: torch.Tensor) -> PairLogps:
-        ours = sum_by_owner(policy, states.owner, states.num_completions)
-        theirs = sum_by_owner(reference, states.owner, states.num_completions)
-        return cls(policy, reference, ours[0::2], ours[1::2], theirs[0::2], theirs[1::2])
+from training.engine.logps import sampled_kl
+from training.engine.objective import Objective, PairLogps
 
 
 @dataclasses.dataclass
 class Window:
-    """Every value is a mean over the pairs of the window (`kl`: over its completion tokens)."""
+    """Every value is a mean over the pairs of the window; `kl` and `nll_loss` are means over tokens."""
 
-    beta: float
+    objective: Objective
     num_pairs: int = 0
     kl_tokens: int = 0
+    _keys: tuple[str, ...] = ()
     _sums: torch.Tensor | None = None  # on the device, so that adding does not wait for it
+    _nll: torch.Tensor | None = None  # sum over chosen tokens, and their number
     _kl: torch.Tensor | None = None
-
-    _KEYS = (
-        Metric.LOSS,
-        Metric.REWARDS_CHOSEN,
-        Metric.REWARDS_REJECTED,
-        Metric.REWARDS_MARGINS,
-        Metric.REWARDS_ACCURACIES,
-        Metric.LOGPS_CHOSEN,
-        Metric.LOGPS_REJECTED,
-    )
 
     @torch.no_grad()
     def add(self, losses: torch.Tensor, logps: PairLogps) -> None:
         """Losses [B] of one micro-batch and its log-probabilities."""
-        chosen = rewards(logps.policy_chosen, logps.reference_chosen, beta=self.beta)
-        rejected = rewards(logps.policy_rejected, logps.reference_rejected, beta=self.beta)
-        margins = chosen - rejected
-        columns = (
-            losses, chosen, rejected, margins, (margins > 0).double(),
-            logps.policy_chosen, logps.policy_rejected,
-        )  # fmt: skip
-        sums = torch.stack([column.detach().double().sum() for column in columns])
+        columns = {Metric.LOSS: losses} | self.objective.pair_metrics(logps)
+        sums = torch.stack([column.detach().double().sum() for column in columns.values()])
         self._sums = sums if self._sums is None else self._sums + sums
+        self._keys = tuple(columns)
+        if self.objective.nll_weight:
+            nll = torch.stack([-logps.policy_chosen.detach().sum(), logps.chosen_lengths.sum()])
+            self._nll = nll if self._nll is None else self._nll + nll
         self.num_pairs += len(losses)
 
     def add_kl(self, tokens: torch.Tensor) -> None:
@@ -71,16 +42,20 @@ class Window:
         self.kl_tokens += len(tokens)
 
     def add_sampled_kl(self, logps: PairLogps) -> None:
-        self.add_kl(sampled_kl(logps.policy_tokens, logps.reference_tokens))
+        if logps.reference_tokens is not None:
+            self.add_kl(sampled_kl(logps.policy_tokens, logps.reference_tokens))
 
     def values(self) -> dict[str, float | None]:
         if self._sums is None:
             return {}
         means = (self._sums / self.num_pairs).tolist()
-        result: dict[str, float | None] = dict(zip(self._KEYS, means, strict=True))
+        result: dict[str, float | None] = dict(zip(self._keys, means, strict=True))
+        if self._nll is not None:
+            total, tokens = self._nll.tolist()
+            result[Metric.NLL_LOSS] = total / tokens
         if self._kl is not None:
             result[Metric.KL] = float(self._kl) / self.kl_tokens
-        return result
+        return result | dict.fromkeys(self.objective.undefined_metrics)
 
 
 def as_evaluation(values: dict[str, float | None]) -> dict[str, float | None]:

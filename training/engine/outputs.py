@@ -15,9 +15,15 @@ import torch
 
 from training.contract import ADAPTER_DIR, RunConfig, file_sha256
 from training.engine.checkpoints import flush_to_disk, remove_tree, require_finite
+from training.engine.objective import Objective
 from training.engine.policy import POLICY, Placement, Policy
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+METHODS = {
+    "dpo": "direct preference optimisation",
+    "sft": "supervised fine-tuning",
+    "orpo": "odds-ratio preference optimisation",
+}
 
 
 def save_adapter(policy: Policy, tokenizer: Any, config: RunConfig, run_dir: Path) -> tuple[str, int]:
@@ -58,9 +64,9 @@ def _write_adapter_config(policy: Policy, folder: Path, base_name: str) -> None:
 def _readme(base_name: str, config: RunConfig) -> str:
     return (
         f"---\nbase_model: {json.dumps(base_name)}\nlibrary_name: peft\npipeline_tag: text-generation\n"
-        "tags:\n- dpo\n- lora\n---\n\n"
-        f"A LoRA adapter for {base_name}, trained by direct preference optimisation "
-        f"(beta {config.beta}, learning rate {config.learning_rate}, rank {config.lora_r}).\n"
+        f"tags:\n- {config.method}\n- lora\n---\n\n"
+        f"A LoRA adapter for {base_name}, trained by {METHODS[config.method]} "
+        f"(learning rate {config.learning_rate}, rank {config.lora_r}). {Objective(config).sentence}\n"
     )
 
 

@@ -26,7 +26,7 @@ CHECK_TOKENS = 96  # tokens of each part of the pair that the check looks at
 def packed_states(
     decoder: nn.Module, pairs: Sequence[TokenizedPair], device: torch.device
 ) -> CompletionStates:
-    """One row [prompt chosen rejected | prompt chosen rejected | …] of B pairs."""
+    """One row [prompt chosen rejected | prompt chosen rejected | …] of B pairs; rejected may be empty."""
     segments, positions, predicting = [], [], []
     start = 0
     for pair in pairs:
@@ -35,12 +35,12 @@ def packed_states(
         segments.append(segment)
         positions += [np.arange(prompt + chosen), np.arange(prompt, prompt + rejected)]
         # The prompt's last token predicts the first token of either side; a side's last predicts none.
-        last = [segment.prompt_end - 1]
-        predicting += [
-            np.arange(segment.prompt_end - 1, segment.chosen_end - 1),
-            np.array(last),
-            np.arange(segment.chosen_end, segment.end - 1),
-        ]
+        predicting.append(np.arange(segment.prompt_end - 1, segment.chosen_end - 1))
+        if rejected:
+            predicting += [
+                np.array([segment.prompt_end - 1]),
+                np.arange(segment.chosen_end, segment.end - 1),
+            ]
         start = segment.end
     ids = np.concatenate([part for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected)])
 

@@ -53,9 +53,10 @@ def padded_states(
     padding_side: Literal["right", "left"] = "right",
     extra_padding: int = 0,
 ) -> CompletionStates:
-    """2 * B rows of prompt + completion, padded to the longest."""
-    rows = [np.concatenate([pair.prompt, side]) for pair in pairs for side in (pair.chosen, pair.rejected)]
-    prompts = [len(pair.prompt) for pair in pairs for _ in range(2)]
+    """2 * B rows of prompt + completion, padded to the longest; none for an empty completion."""
+    sides = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected) if len(side)]
+    rows = [np.concatenate(parts) for parts in sides]
+    prompts = [len(prompt) for prompt, _ in sides]
     width = max(len(row) for row in rows) + extra_padding
     ids = np.zeros((len(rows), width), dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)

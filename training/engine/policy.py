@@ -192,7 +192,9 @@ def use_fast_layout(policy: Policy, pairs: Sequence[TokenizedPair]) -> str:
         layout, reason = choose_layout(policy.scorer.decoder, pairs, placement.device, dtype=placement.dtype)
     policy.scorer.layout = layout
     if not reason:
-        return "Each prompt is computed once for both of its answers."
+        if any(len(pair.rejected) for pair in pairs):
+            return "Each prompt is computed once for both of its answers."
+        return "Examples are computed in one row, without padding."
     base.set_attn_implementation(before)
     return f"Each prompt is computed once per answer, the slower way: {reason}."
 
@@ -258,7 +260,7 @@ def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
     """The model's own logits against ours, once: a head that does more than ours is refused."""
     ids = torch.from_numpy(pair.prompt[-32:].astype("int64"))[None].to(policy.scorer.placement.device)
     size = policy.head.weight.shape[0]
-    if int(max(part.max() for part in (pair.prompt, pair.chosen, pair.rejected))) >= size:
+    if int(max(part.max() for part in (pair.prompt, pair.chosen, pair.rejected) if len(part))) >= size:
         raise RefusedError(
             "The tokenizer has more tokens than the base model.",
             "Download the base model again, or choose another.",

@@ -8,8 +8,10 @@ from pathlib import Path
 from training.contract import RunConfig
 from training.engine.errors import RefusedError
 
-METHODS = ("dpo",)
-LOSS_TYPES = ("sigmoid",)
+METHODS = ("dpo", "sft", "orpo")
+LOSS_TYPES = (
+    "sigmoid", "ipo", "hinge", "robust", "exo_pair", "apo_zero", "apo_down", "nca_pair", "sppo_hard",
+)  # fmt: skip
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 SWITCHES = ("auto", "on", "off")
 

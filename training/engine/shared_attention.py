@@ -26,7 +26,10 @@ class LayoutError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Where a pair lies in the row: prompt from start, chosen from prompt_end, rejected from chosen_end."""
+    """Where a pair lies in the row: prompt from start, chosen from prompt_end, rejected from chosen_end.
+
+    An SFT example has no rejected side: chosen_end == end.
+    """
 
     start: int
     prompt_end: int
@@ -75,7 +78,10 @@ class PairLayout:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VarlenIndex:
-    """Two variable-length calls: [p c] causal on itself, then r over [p r] aligned at the bottom right."""
+    """Two variable-length calls: [p c] causal on itself, then r over [p r] aligned at the bottom right.
+
+    Without any rejected side (`queries_max` 0) there is no second call.
+    """
 
     first: torch.Tensor  # token indices of all [p c]
     first_cu: torch.Tensor  # cumulative lengths, int32
@@ -94,12 +100,13 @@ class VarlenIndex:
 
         def gathered(ranges: list[list[range]]) -> tuple[torch.Tensor, torch.Tensor, int]:
             lengths = [sum(len(part) for part in parts) for parts in ranges]
-            index = torch.tensor([i for parts in ranges for part in parts for i in part], device=device)
+            tokens = [i for parts in ranges for part in parts for i in part]
+            index = torch.tensor(tokens, dtype=torch.int64, device=device)
             ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-            return index, ends, max(lengths)
+            return index, ends, max(lengths, default=0)
 
-        segments = layout.segments
-        first = gathered([[range(s.start, s.chosen_end)] for s in segments])
+        first = gathered([[range(s.start, s.chosen_end)] for s in layout.segments])
+        segments = [s for s in layout.segments if s.end > s.chosen_end]
         queries = gathered([[range(s.chosen_end, s.end)] for s in segments])
         keys = gathered([[range(s.start, s.prompt_end), range(s.chosen_end, s.end)] for s in segments])
         back = torch.argsort(torch.cat([first[0], queries[0]]))
@@ -209,15 +216,15 @@ def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
 Part = tuple[slice, tuple[slice, ...], torch.Tensor | None]
 
 
-def _parts(layout: PairLayout, index: int, dtype: torch.dtype) -> tuple[Part, Part]:
-    """The two calls of a pair: which queries look at which keys, and the mask (None = causal)."""
+def _parts(layout: PairLayout, index: int, dtype: torch.dtype) -> tuple[Part, ...]:
+    """The calls of a pair, two or one: which queries look at which keys, and the mask (None = causal)."""
     s = layout.segments[index]
     sequence, prompt = slice(s.start, s.chosen_end), slice(s.start, s.prompt_end)
     rejected = slice(s.chosen_end, s.end)
-    return (
-        (sequence, (sequence,), None),
-        (rejected, (prompt, rejected), layout.rejected_mask(index, dtype)),
-    )
+    first: Part = (sequence, (sequence,), None)
+    if s.end == s.chosen_end:
+        return (first,)
+    return first, (rejected, (prompt, rejected), layout.rejected_mask(index, dtype))
 
 
 def _shared(tensor: torch.Tensor, slices: tuple[slice, ...], like: torch.Tensor) -> torch.Tensor:
@@ -269,11 +276,14 @@ def _varlen(
         q[index.first], k[index.first], v[index.first], index.first_cu, index.first_cu,
         index.first_max, index.first_max, scale=scale, window_size=(-1, 0), enable_gqa=True,
     )  # fmt: skip
+    assert isinstance(first, torch.Tensor)  # noqa: S101
+    if not index.queries_max:
+        return first[index.back][None]
     second = varlen_attn(
         q[index.queries], k[index.keys], v[index.keys], index.queries_cu, index.keys_cu,
         index.queries_max, index.keys_max, scale=scale, window_size=(-1, 0), enable_gqa=True,
     )  # fmt: skip
-    assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)  # noqa: S101
+    assert isinstance(second, torch.Tensor)  # noqa: S101
     return torch.cat([first, second])[index.back][None]
 
 

@@ -15,15 +15,16 @@ import torch
 
 from training.contract import Result, RunConfig
 from training.engine.checkpoints import Identity, clean_leftovers, find_checkpoint, restore
-from training.engine.data import TokenizedPair, data_sha256, read_pairs, tokenize_pairs
+from training.engine.data import TokenizedPair, data_sha256, noun_of, read_pairs, tokenize_pairs
 from training.engine.errors import RefusedError
 from training.engine.events import EventLog
 from training.engine.interrupts import Interrupts
 from training.engine.loop import Loop, RunState
+from training.engine.objective import NO_REFERENCE, Objective
 from training.engine.order import Order
 from training.engine.outputs import fingerprint, peak_memory_bytes, save_adapter, versions
 from training.engine.policy import Placement, Policy, load_policy, load_tokenizer, use_fast_layout
-from training.engine.reference import score_reference
+from training.engine.reference import ReferenceLogps, score_reference
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     started = time.monotonic()
     make_quiet_and_deterministic()
     placement = Placement.choose(config)
+    objective = Objective(config)
 
     events.phase("preparing_data")
     tokenizer = load_tokenizer(config)
@@ -66,6 +68,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     events.phase("loading_model")
     policy = load_policy(config, placement, data.train[:1])
     events.log(use_fast_layout(policy, [*data.train, *data.evaluation]))
+    reference_sentence = policy.reference_sentence if objective.needs_reference else NO_REFERENCE
     events.plan(
         total_steps=order.total_steps,
         num_train_pairs=len(data.train),
@@ -74,17 +77,13 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         num_dropped=data.num_dropped,
         device=placement.device.type,
         dtype=placement.dtype_name,
-        reference=policy.reference_sentence,
+        reference=reference_sentence,
+        loss=objective.sentence,
     )
 
-    events.phase("reference", total=len(data.train) + len(data.evaluation), unit="pairs")
-    reference = score_reference(
-        policy,
-        [*data.train, *data.evaluation],
-        Path(config.reference_cache_dir) if config.reference_cache_dir else run_dir / "reference",
-        progress=lambda done, total: events.phase("reference", done=done, total=total, unit="pairs"),
-        check=interrupts.check,
-    )
+    reference = None
+    if objective.needs_reference:
+        reference = reference_of(policy, data, config, run_dir, events=events, interrupts=interrupts)
 
     loop = Loop(
         config=config,
@@ -118,7 +117,8 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "num_trainable_parameters": sum(tensor.numel() for tensor in policy.trainable.values()),
         "versions": versions(),
         "config": dataclasses.asdict(config),
-        "reference": policy.reference_sentence,
+        "reference": reference_sentence,
+        "loss": objective.sentence,
         "data_sha256": loop.identity.data_sha256,
         "weights_sha256": policy.weights_sha256,
         "device": placement.device.type,
@@ -138,30 +138,47 @@ def make_quiet_and_deterministic() -> None:
     transformers.logging.enable_propagation()
 
 
+def reference_of(
+    policy: Policy, data: Data, config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Interrupts
+) -> ReferenceLogps:
+    """Of every pair, from the cache or computed now."""
+    events.phase("reference", total=len(data.train) + len(data.evaluation), unit="pairs")
+    return score_reference(
+        policy,
+        [*data.train, *data.evaluation],
+        Path(config.reference_cache_dir) if config.reference_cache_dir else run_dir / "reference",
+        progress=lambda done, total: events.phase("reference", done=done, total=total, unit="pairs"),
+        check=interrupts.check,
+    )
+
+
 def prepare_data(config: RunConfig, tokenizer: Any, events: EventLog) -> Data:
     """Both files as token ids. Says what was cut and dropped; refuses when nothing is left."""
+    sides = Objective(config).sides
+    noun = noun_of(sides)
+
+    def progress(done: int, total: int) -> None:
+        events.phase("preparing_data", done=done, total=total, unit=f"{noun}s")
+
     tokenized: dict[str, list[TokenizedPair]] = {"training": [], "validation": []}
     truncated = dropped = 0
     for split, path in (("training", config.train_path), ("validation", config.eval_path)):
         if not path:
             continue
-        pairs = read_pairs(Path(path))
+        pairs = read_pairs(Path(path), sides=sides)
         if not pairs:
             raise RefusedError(
-                f"There are no {split} pairs.", "Prepare the dataset again, or add pairs to it."
+                f"There are no {split} {noun}s.", f"Prepare the dataset again, or add {noun}s to it."
             )
         tokenized[split], report = tokenize_pairs(
-            pairs,
-            tokenizer,
-            max_length=config.max_length,
-            progress=lambda done, total: events.phase("preparing_data", done=done, total=total, unit="pairs"),
+            pairs, tokenizer, max_length=config.max_length, sides=sides, progress=progress
         )
         sentences = list(report.sentences(split, config.max_length))
         for sentence in sentences:
             events.log(sentence, "warning")
         if not tokenized[split]:
             raise RefusedError(
-                f"No {split} pair is left of {report.read}. {sentences[-1]}",
+                f"No {split} {noun} is left of {report.read}. {sentences[-1]}",
                 "Raise max_context_length, or correct the dataset.",
             )
         truncated, dropped = truncated + report.truncated, dropped + report.dropped
