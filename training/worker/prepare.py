@@ -139,6 +139,12 @@ def _parameters(task: TrainingTask, notes: list[str]) -> dict[str, Any]:
         name, sentence = next(iter(problems.items()))
         raise NotRunnable(f"{name}: {sentence}", "Duplicate the task and correct this setting.")
     values = recipes.resolve(task.parameters)
+    if task.parent_model is not None:
+        values, overridden = recipes.continuing(task.parameters, task.parent_model.parameters)
+        if overridden:
+            notes.append(
+                f"The adapter of “{task.parent_model.name}” is trained on as it is: {', '.join(overridden)}."
+            )
     for _ in range(memory_retries(task)):
         before = values["per_device_train_batch_size"]
         batch, accumulation = smaller_batch(before, values["gradient_accumulation_steps"])
