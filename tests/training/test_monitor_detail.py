@@ -289,3 +289,13 @@ def test_the_whole_log_can_be_downloaded_and_no_path_is_taken_from_the_address(
 def test_a_task_without_a_log_has_an_empty_one(alice: Any, alice_client: Client) -> None:
     response = get(alice_client, make_task(alice), "log", "?download=1")
     assert (response.status_code, response.content) == (200, b"")
+
+
+def test_the_settings_are_those_of_the_run_and_not_only_those_chosen(
+    alice: Any, alice_client: Client
+) -> None:
+    """After running out of memory a batch is smaller than what was chosen."""
+    run = {"config": {"per_device_train_batch_size": 7, "run_id": "x", "target_modules": []}}
+    task = make_task(alice, parameters={"per_device_train_batch_size": 14}, plan=run)
+    text = re.sub(r"\s+", " ", text_of(alice_client, task))
+    assert re.search(r"batch_size</(?:code></)?dt> ?<dd[^>]*>7\b", text)
