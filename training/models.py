@@ -22,7 +22,10 @@ class BaseModelQuerySet(models.QuerySet["BaseModel"]):
 
 
 class BaseModel(LeasedRow):
-    """A model that a task can start from, and where its files are. absent -> queued -> downloading -> ready | failed."""
+    """A model that a task can start from, and where its files are.
+
+    absent -> queued -> downloading -> ready | failed
+    """
 
     class Source(models.TextChoices):
         STARTER = "starter", "Starter model"
