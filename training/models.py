@@ -47,7 +47,9 @@ class BaseModel(LeasedRow):
     source = models.CharField(max_length=20, choices=Source.choices)
     kind = models.CharField(max_length=20, blank=True, default="")  # instruct | thinking | base | moe
     name = models.CharField(max_length=200)  # Hub id, or the folder's name
-    path = models.CharField(max_length=1000, blank=True, default="")  # a row's own path; never taken from a request
+    path = models.CharField(
+        max_length=1000, blank=True, default=""
+    )  # a row's own path; never taken from a request
     revision = models.CharField(max_length=64, blank=True, default="")
     status = models.CharField(max_length=20, choices=Status.choices, default=Status.ABSENT)
     problem = models.TextField(blank=True, default="")
@@ -112,11 +114,15 @@ class TrainingTask(LeasedRow):
     # --- what the wizard fills in
     name = models.CharField("Task Display Name", max_length=120, blank=True, default="")
     model_name = models.CharField("Custom Model Name", max_length=120, blank=True, default="")
-    base_model = models.ForeignKey(BaseModel, null=True, blank=True, on_delete=models.SET_NULL, related_name="tasks")
+    base_model = models.ForeignKey(
+        BaseModel, null=True, blank=True, on_delete=models.SET_NULL, related_name="tasks"
+    )
     parent_model = models.ForeignKey(  # start from a model of My Models; base_model is then that model's base
         "training.TrainedModel", null=True, blank=True, on_delete=models.SET_NULL, related_name="child_tasks"
     )
-    dataset = models.ForeignKey(Dataset, null=True, blank=True, on_delete=models.SET_NULL, related_name="tasks")
+    dataset = models.ForeignKey(
+        Dataset, null=True, blank=True, on_delete=models.SET_NULL, related_name="tasks"
+    )
     evaluation = models.CharField(max_length=10, choices=Evaluation.choices, default=Evaluation.SPLIT)
     validation_share = models.FloatField(default=0.1)
     validation_dataset = models.ForeignKey(
@@ -162,7 +168,12 @@ class TrainingTask(LeasedRow):
 
     @property
     def is_terminal(self) -> bool:
-        return self.status in {self.Status.SUCCEEDED, self.Status.STOPPED, self.Status.FAILED, self.Status.CANCELLED}
+        return self.status in {
+            self.Status.SUCCEEDED,
+            self.Status.STOPPED,
+            self.Status.FAILED,
+            self.Status.CANCELLED,
+        }
 
 
 class Run(models.Model):
@@ -289,14 +300,20 @@ class TrainedModel(models.Model):
     """What came out of a task: an adapter in its own folder. Made in the transaction that ends the task."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="trained_models")
+    owner = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="trained_models"
+    )
     task = models.OneToOneField(
         TrainingTask, null=True, blank=True, on_delete=models.SET_NULL, related_name="trained_model"
     )
     name = models.CharField(max_length=120)
-    base_model = models.ForeignKey(BaseModel, null=True, on_delete=models.SET_NULL, related_name="trained_models")
+    base_model = models.ForeignKey(
+        BaseModel, null=True, on_delete=models.SET_NULL, related_name="trained_models"
+    )
     base_model_name = models.CharField(max_length=200)  # survives the row above
-    parent = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL, related_name="children")
+    parent = models.ForeignKey(
+        "self", null=True, blank=True, on_delete=models.SET_NULL, related_name="children"
+    )
     parent_name = models.CharField(max_length=120, blank=True, default="")  # of a parent that was deleted
     dataset_name = models.CharField(max_length=200, blank=True, default="")
     dataset_sha256 = models.CharField(max_length=64, blank=True, default="")
