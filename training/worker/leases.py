@@ -116,5 +116,13 @@ def owned(lease: Lease) -> Q:
     return Q(pk=lease.task_id, lease_epoch=lease.epoch, lease_owner=lease.owner, status__in=states.LIVE)
 
 
+def hold(lease: Lease) -> TrainingTask:
+    """The task's row, locked to the end of the transaction: what every write of an owner begins with."""
+    task = TrainingTask.objects.select_for_update().filter(owned(lease)).first()
+    if task is None:
+        raise states.Fenced(f"Task {lease.task_id}: attempt {lease.epoch} is no longer its owner.")
+    return task
+
+
 def renew(lease: Lease, times: Times) -> bool:
     return leases.renew(TrainingTask.objects.filter(owned(lease)), lease.task_id, lease.epoch, ttl=times.ttl)
