@@ -1,93 +1,145 @@
-"""From a finished run directory to a model: whose data it was, what cannot be one, what nobody will claim."""
+"""A model appears whole, once, in the moment its task ends; anything else leaves My Models as it was."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from django.db.models.functions import Now
 
 from tests.training.making import make_task
-from training.contract import file_sha256
-from training.models import Checkpoint, Run, TrainedModel, TrainingTask
-from training.services.outputs import trained_model_create, unentered_result
-from training.services.tasks import task_delete, task_retry
-from training.worker.finish import prune_checkpoints
+from training.models import Run, TrainedModel, TrainingTask
+from training.services.outputs import (
+    UnusableAdapter,
+    outputs_forget,
+    trained_model_create,
+    unentered_result,
+)
+from training.states import Fenced
 
-
-@pytest.fixture(autouse=True)
-def _own_data(data_dir: Path) -> None: ...
+WEIGHTS = b"the weights"
 
 
 @pytest.fixture
-def task(alice: Any) -> TrainingTask:
-    return make_task(alice, status="running", lease_epoch=1, lease_owner="me", attempts=1)
+def task(alice: Any, data_dir: Path) -> TrainingTask:
+    plan = {"config": {"beta": 0.1}}
+    return make_task(alice, status="running", lease_epoch=1, lease_owner="me", plan=plan)
 
 
-def finished_run(task: TrainingTask, *, epoch: int = 1) -> Run:
+@pytest.fixture
+def run_dir(task: TrainingTask) -> Path:
+    return finished(task, 1)
+
+
+def finished(task: TrainingTask, epoch: int, status: str = "succeeded") -> Path:
     run = Run.objects.create(task=task, epoch=epoch, host="h", boot_id="b")
     adapter = run.folder / "adapter"
     adapter.mkdir(parents=True)
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_model.safetensors").write_bytes(WEIGHTS)
     (adapter / "adapter_config.json").write_text("{}")
-    sha256 = file_sha256(adapter / "adapter_model.safetensors")
-    result = {"status": "succeeded", "step": 12, "adapter_sha256": sha256}
-    (run.folder / "result.json").write_text(json.dumps(result))
-    return run
+    (run.folder / "result.json").write_text(json.dumps(result(status)))
+    return run.folder
 
 
-def test_a_model_remembers_its_data_although_the_dataset_was_deleted_between_attempts(
-    task: TrainingTask,
+def result(status: str = "succeeded", **fields: Any) -> Any:
+    sha = hashlib.sha256(WEIGHTS).hexdigest()
+    return {"status": status, "step": 7, "total_steps": 7, "adapter_sha256": sha, **fields}
+
+
+def models_dir(settings: Any) -> list[str]:
+    return sorted(path.name for path in Path(settings.MODELS_DIR).iterdir())
+
+
+def test_files_row_and_end_of_the_task_belong_together(
+    task: TrainingTask, run_dir: Path, settings: Any
 ) -> None:
-    run = finished_run(task)
-    plan = {"dataset_name": "Pairs", "dataset_sha256": "ab" * 32}
-    TrainingTask.objects.filter(pk=task.pk).update(dataset=None, plan=plan)
+    model = trained_model_create(task, epoch=1, run_dir=run_dir, result=result())
+    task.refresh_from_db()
+    assert (task.status, task.step, task.trained_model) == ("succeeded", 7, model)
+    assert (model.folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert not (run_dir / "adapter").exists()
+    assert models_dir(settings) == [str(model.pk)]
+    assert (model.name, model.base_model_name, model.dataset_name) == ("Model", "stub/base", "Pairs")
+    assert model.dataset_sha256 == "ab" * 32 and model.parameters == {"beta": 0.1}
+    assert model.size_bytes == len(WEIGHTS) + 2
+
+
+@pytest.mark.parametrize("harm", ["other bytes", "no config", "empty weights"])
+def test_an_adapter_that_is_not_what_the_run_wrote_becomes_no_model(
+    harm: str, task: TrainingTask, run_dir: Path, settings: Any
+) -> None:
+    adapter = run_dir / "adapter"
+    if harm == "no config":
+        (adapter / "adapter_config.json").unlink()
+    else:
+        (adapter / "adapter_model.safetensors").write_bytes(b"" if harm == "empty weights" else b"others")
+    with pytest.raises(UnusableAdapter, match=r"^The run ended, but .*\.$"):
+        trained_model_create(task, epoch=1, run_dir=run_dir, result=result())
+    task.refresh_from_db()
+    assert task.status == "running" and not TrainedModel.objects.exists()
+    assert models_dir(settings) == []
+
+
+def test_a_fenced_owner_enters_nothing_and_the_next_one_finds_the_files(
+    task: TrainingTask, run_dir: Path
+) -> None:
+    TrainingTask.objects.filter(pk=task.pk).update(lease_epoch=2)
+    with pytest.raises(Fenced):
+        trained_model_create(task, epoch=1, run_dir=run_dir, result=result())
+    assert not TrainedModel.objects.exists()
     task.refresh_from_db()
     found = unentered_result(task)
-    assert found is not None
-    model = trained_model_create(task, epoch=1, run_dir=run.folder, result=found[1])
-    assert (model.dataset_name, model.dataset_sha256) == ("Pairs", "ab" * 32)
+    assert found is not None and found[0] == run_dir
+    model = trained_model_create(task, epoch=2, run_dir=found[0], result=found[1])
+    assert (model.folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    task.refresh_from_db()
+    assert task.status == "succeeded" and unentered_result(task) is None
 
 
-@pytest.mark.parametrize("harm", ["other bytes", "no configuration"])
-def test_a_result_whose_adapter_is_unusable_is_not_taken_up_again(harm: str, task: TrainingTask) -> None:
-    """Else every further attempt, and every Retry, would fail on the same files and train nothing."""
-    run = finished_run(task)
-    if harm == "other bytes":
-        (run.folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weightz")
-    else:
-        (run.folder / "adapter" / "adapter_config.json").unlink()
-    assert unentered_result(task) is None
-
-
-def test_deleting_a_task_removes_an_adapter_that_was_moved_but_never_entered(
-    task: TrainingTask, settings: Any
+def test_what_a_cancelled_task_left_is_removed_and_what_it_kept_is_not(
+    task: TrainingTask, run_dir: Path, settings: Any
 ) -> None:
-    run = finished_run(task)
-    found = unentered_result(task)
-    assert found is not None
-    trained_model_create(task, epoch=1, run_dir=run.folder, result=found[1])
-    TrainedModel.objects.all().delete()  # as if the worker had died before it could write the rows
-    Run.objects.update(reason="The worker's process was killed.")
-    TrainingTask.objects.update(status="failed")
-    assert list(Path(settings.MODELS_DIR).iterdir())
-    assert task_delete(task, by="alice").ok
-    assert not list(Path(settings.MODELS_DIR).iterdir())
+    TrainingTask.objects.filter(pk=task.pk).update(status="cancelling")
+    with pytest.raises(Fenced):
+        trained_model_create(task, epoch=1, run_dir=run_dir, result=result())
+    assert len(models_dir(settings)) == 1
+    outputs_forget(task)
+    assert models_dir(settings) == []
+    TrainingTask.objects.filter(pk=task.pk).update(status="running", lease_epoch=2)
+    model = trained_model_create(task, epoch=2, run_dir=finished(task, 2), result=result())
+    outputs_forget(task)
+    assert models_dir(settings) == [str(model.pk)]
 
 
-@pytest.mark.parametrize(("status", "left"), [("succeeded", 0), ("stopped", 1)])
-def test_checkpoints_go_when_nobody_continues_from_them(status: str, left: int, task: TrainingTask) -> None:
-    for step in (5, 10):
-        Checkpoint.objects.create(task=task, epoch=1, step=step, path=f"e1/checkpoints/step-{step:06d}")
-    TrainingTask.objects.filter(pk=task.pk).update(status=status)
-    prune_checkpoints(task)
-    assert list(task.checkpoints.values_list("step", flat=True)) == [10] * left
+def test_across_file_systems_the_adapter_is_copied_and_then_renamed(
+    task: TrainingTask, run_dir: Path, monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == "adapter":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    model = trained_model_create(task, epoch=1, run_dir=run_dir, result=result())
+    assert (model.folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert models_dir(settings) == [str(model.pk)]
 
 
-def test_a_stopped_task_that_is_retried_at_that_very_moment_keeps_its_checkpoint(task: TrainingTask) -> None:
-    Checkpoint.objects.create(task=task, epoch=1, step=10, path="e1/checkpoints/step-000010")
-    TrainingTask.objects.filter(pk=task.pk).update(status="stopped")
-    assert task_retry(task, by="alice").ok  # between the end of the run and its tidying up
-    prune_checkpoints(task)
-    assert task.checkpoints.count() == 1
+def test_a_stopped_task_that_goes_on_does_not_end_with_its_old_result(task: TrainingTask) -> None:
+    finished(task, 1, "stopped")
+    assert unentered_result(task) is not None, "its worker died before it could enter it"
+    TrainingTask.objects.filter(pk=task.pk).update(queued_at=Now())
+    task.refresh_from_db()
+    assert unentered_result(task) is None, "the person has asked to go on since"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"status": "failed"}', '{"status": "interrupted"}'])
+def test_only_a_finished_result_is_one(content: str, task: TrainingTask, run_dir: Path) -> None:
+    (run_dir / "result.json").write_text(content)
+    assert unentered_result(task) is None
