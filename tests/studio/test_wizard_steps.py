@@ -11,7 +11,7 @@ from django.test import Client
 from django.urls import reverse
 
 from datasets_app.models import Dataset
-from tests.studio.wizard_rows import make_dataset, make_draft, make_parent, make_starter
+from tests.studio.made_drafts import make_dataset, make_draft, make_parent, make_starter
 from training import recipes
 from training.models import BaseModel, TrainingTask
 
