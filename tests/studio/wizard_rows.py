@@ -44,7 +44,12 @@ def step_url(task: TrainingTask, step: str) -> str:
 
 
 def data_post(dataset: Dataset, **changes: Any) -> dict[str, Any]:
-    values = {"dataset": str(dataset.pk), "evaluation": "split", "validation_percent": "10", "eval_steps": "0"}
+    values = {
+        "dataset": str(dataset.pk),
+        "evaluation": "split",
+        "validation_percent": "10",
+        "eval_steps": "0",
+    }
     return {**values, **changes}
 
 
