@@ -166,3 +166,27 @@ def test_the_token_is_passed_by_environment_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("DATABASE_URL", "postgres://secret")
     env = downloads._environment()
     assert env["HF_TOKEN"] == "hf_secret" and "DATABASE_URL" not in env
+
+
+def test_downloads_never_take_every_place_of_the_workers_that_prepare_data(
+    data_dir: Path, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of 60 GB takes hours; an upload must not wait for it, however many models are asked for."""
+    under_way, second = asked_for(alice, "team/large"), asked_for(alice, "team/other")
+    rows = BaseModel.objects.filter(status=Status.QUEUED)
+    leases.claim(rows, under_way.pk, owner="elsewhere", ttl=downloads.TTL, status=Status.DOWNLOADING)
+    monkeypatch.setattr(downloads, "_run", lambda row, epoch: pytest.fail("two at a time"))
+    assert not downloads.download(second.pk)
+    second.refresh_from_db()
+    assert (second.status, second.attempts, second.lease_until) == (Status.QUEUED, 0, None)
+
+
+def test_a_download_whose_worker_is_gone_holds_nobody_up(
+    data_dir: Path, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, second = asked_for(alice, "team/lost"), asked_for(alice, "team/other")
+    rows = BaseModel.objects.filter(status=Status.QUEUED)
+    leases.claim(rows, lost.pk, owner="gone", ttl=-downloads.TTL, status=Status.DOWNLOADING)
+    folder = Path(data_dir)
+    monkeypatch.setattr(downloads, "_run", lambda row, epoch: ({}, folder, SHA))
+    assert downloads.download(second.pk)
