@@ -37,7 +37,7 @@ def test_numbers_are_read_as_people_write_them(text: str, whole: bool, number: f
 
 @pytest.mark.parametrize("text", ["", "ten", "1_000", "1 000", "5,5,5", "0x10", "--1"])
 def test_what_is_no_number_is_not_guessed_at(text: str) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"float|Python"):
         written_number(text)
 
 
