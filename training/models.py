@@ -62,6 +62,14 @@ class BaseModel(LeasedRow):
 
     class Meta:
         ordering = ["created"]
+        constraints = [  # two clicks make one row; what is everybody's has no owner and is made at the start alone
+            models.UniqueConstraint(
+                fields=["owner", "name"], condition=Q(source="hub"), name="one_row_per_hub_id"
+            ),
+            models.UniqueConstraint(
+                fields=["owner", "path"], condition=Q(source="folder"), name="one_row_per_folder"
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.name

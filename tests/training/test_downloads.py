@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.db import IntegrityError
 
 from datasets_app import leases
 from tests.training.hub_server import SHA, hub
@@ -190,3 +191,12 @@ def test_a_download_whose_worker_is_gone_holds_nobody_up(
     folder = Path(data_dir)
     monkeypatch.setattr(downloads, "_run", lambda row, epoch: ({}, folder, SHA))
     assert downloads.download(second.pk)
+
+
+@pytest.mark.parametrize("source", [BaseModel.Source.HUB, BaseModel.Source.FOLDER])
+def test_two_clicks_at_once_make_one_row(alice: Any, source: str) -> None:
+    """Else the second row would make every later look-up of this model an error."""
+    same = {"owner": alice, "source": source, "name": "team/tiny", "path": "/models/tiny"}
+    BaseModel.objects.create(**same)
+    with pytest.raises(IntegrityError):
+        BaseModel.objects.create(**same)
