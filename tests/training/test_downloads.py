@@ -18,7 +18,7 @@ from training.worker import downloads
 from training.worker.hub_fetch import choose
 
 Status = BaseModel.Status
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.slow]
 
 
 @pytest.fixture
@@ -141,6 +141,7 @@ def test_a_fenced_download_changes_nothing(
     with hub(remote) as asked:
         row = run(row, monkeypatch, asked[0])
     assert (row.status, row.lease_epoch, row.path) == (Status.DOWNLOADING, 99, "")
+    assert not (data_dir / "base_models" / str(row.pk)).exists(), "what it had fetched is not put into place"
 
 
 def test_a_download_that_keeps_breaking_off_is_given_up(data_dir: Path, alice: Any) -> None:
