@@ -16,6 +16,13 @@ window.addEventListener("pageshow", (event) => {
   for (const button of buttons()) button.removeAttribute("aria-disabled");
 });
 
+// A value that is being mended is no longer refused; the summary says what is wrong with the new one.
+document.addEventListener("input", (event) => {
+  if (event.target.form !== form || !event.target.matches("[aria-invalid]")) return;
+  event.target.removeAttribute("aria-invalid");
+  event.target.closest(".field, .choice")?.querySelector(".errorlist")?.remove();
+});
+
 // A link to another step saves this one first, as the Back button does.
 let touched = false;
 for (const kind of ["input", "change"])
