@@ -33,6 +33,7 @@ from training.models import Checkpoint, Run, TrainingTask
 logger = logging.getLogger(__name__)
 
 DATA_DIR = "data"  # below the task's folder
+REFERENCE_CACHE = "reference_cache"  # below the studio's data folder: runs on the same pairs share it
 TRAIN_FILE, EVAL_FILE, COUNTS_FILE = "train.jsonl", "eval.jsonl", "counts.json"
 
 
@@ -78,7 +79,7 @@ def prepare(task: TrainingTask, run: Run) -> Prepared:
             adapter_path=str(task.parent_model.folder) if task.parent_model else "",
             train_path=str(data / TRAIN_FILE),
             eval_path=str(data / EVAL_FILE) if num_eval else "",
-            reference_cache_dir=str(Path(settings.DATA_DIR) / "reference_cache"),
+            reference_cache_dir=str(Path(settings.DATA_DIR) / REFERENCE_CACHE),
             resume_from=str(checkpoint.folder) if checkpoint else "",
             eval_steps=every,
             device="auto" if run.device == "cpu" else "cuda",
