@@ -96,6 +96,7 @@ def task_retry(task: TrainingTask, *, by: Any) -> Answer:
         desired_state=Desired.RUN,
         attempts=0,
         rung_at=None,
+        started_at=None,
         error="",
         next_step="",
         log_tail="",
