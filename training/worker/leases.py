@@ -104,6 +104,7 @@ def _open_run(task_id: uuid.UUID, epoch: int, *, who: Identity, device: str) -> 
         pid=who.pid,
         pid_created=who.pid_created,
         device=device,
+        started=Now(),
     )
 
 
