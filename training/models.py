@@ -198,7 +198,7 @@ class Run(models.Model):
     engine_created = models.FloatField(default=0.0)
     events_offset = models.PositiveBigIntegerField(default=0)  # bytes of events.jsonl that are rows already
     device = models.CharField(max_length=100, blank=True, default="")  # "cpu", or the GPU's uuid
-    started = models.DateTimeField(default=timezone.now)  # a claim says `Now()`: it is compared with `queued_at`
+    started = models.DateTimeField(default=timezone.now)  # a claim says `Now()`, the clock of `queued_at`
     ended = models.DateTimeField(null=True, blank=True)
     exit_code = models.IntegerField(null=True, blank=True)
     reason = models.TextField(blank=True, default="")
