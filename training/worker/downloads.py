@@ -28,7 +28,7 @@ from django.db import transaction
 from datasets_app import leases
 from training.model_folder import FolderProblem, read_folder
 from training.models import BaseModel
-from training.services.base_models import offline_sentence, own_roots
+from training.services.base_models import download_folder, offline_sentence, own_roots
 from training.worker.engine_process import PASSED_ON
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _fail(row: BaseModel, epoch: int, sentence: str) -> bool:
 def _run(row: BaseModel, epoch: int) -> tuple[dict[str, Any], Path, str]:
     if settings.HUB_OFFLINE:
         raise Stopped(offline_sentence(row.name))
-    folder = Path(settings.BASE_MODELS_DIR) / str(row.pk)
+    folder = download_folder(row.pk)
     partial = folder.with_name(f"{row.pk}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
