@@ -57,7 +57,8 @@ class Metric:
     REWARDS_ACCURACIES = "rewards/accuracies"  # share of pairs with margin > 0 (shown as "DPO accuracy")
     LOGPS_CHOSEN = "logps/chosen"  # summed over completion tokens, mean over pairs, nats
     LOGPS_REJECTED = "logps/rejected"
-    KL = "kl"  # nats per completion token; exact over the vocabulary at evaluation, an estimate in training
+    # Nats per completion token: exact over the vocabulary at evaluation (of KL_PAIRS pairs), an estimate in training.
+    KL = "kl"
     GRAD_NORM = "grad_norm"  # before clipping
     LEARNING_RATE = "learning_rate"
     EPOCH = "epoch"  # fraction of passes done
@@ -66,6 +67,8 @@ class Metric:
 
 
 EVAL_PREFIX = "eval_"
+# The exact divergence needs a second pass and the whole vocabulary: the first held-out pairs stand for all.
+KL_PAIRS = 64
 Split = Literal["train", "eval"]
 
 # --- phases, in the order a run meets them ----------------------------------------------------------
