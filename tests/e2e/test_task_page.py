@@ -6,6 +6,7 @@ The rows are written here as the worker would write them; a whole training is wa
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -240,3 +241,13 @@ def test_the_page_fits_a_phone(server: Server, open_page: OpenPage, alice: Any, 
     for chart in page.locator("[data-chart-card]").all():
         chart.scroll_into_view_if_needed()
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_elapsed_time_does_not_follow_a_wrong_clock_of_the_browser(
+    server: Server, page: Page, alice: Any
+) -> None:
+    page.add_init_script("const now = Date.now.bind(Date); Date.now = () => now() + 5 * 3600 * 1000;")
+    watched(page, server, alice)
+    expect(page.locator("[data-elapsed]")).to_have_text(re.compile(r"^\d+ s$"))
+    page.wait_for_timeout(1500)  # the page's own clock has ticked since
+    expect(page.locator("[data-elapsed]")).to_have_text(re.compile(r"^\d+ s$"))

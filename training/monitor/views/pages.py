@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 from uuid import UUID
 
@@ -94,6 +95,7 @@ def _boot(task: TrainingTask, state: dict[str, Any]) -> dict[str, Any]:
     """What the page's script starts from. `seq`: every row up to it is in the figures."""
     return {
         "seq": task.last_seq,
+        "now": time.time(),
         "socket": f"/ws/tasks/{task.id}/",
         "points": reverse("tasks:points", args=[task.id]),
         "log": reverse("tasks:log", args=[task.id]),
