@@ -302,3 +302,13 @@ def test_a_draft_with_a_problem_is_not_queued(draft: TrainingTask, alice: Any) -
     (problem,) = drafts.task_submit(draft, by=alice)
     assert problem.step == "model" and reload(draft).status == "draft"
     assert not TaskEvent.objects.exists()
+
+
+def test_pairs_that_could_not_be_read_once_are_counted_the_next_time(draft: TrainingTask) -> None:
+    assert draft.dataset is not None
+    draft.validation_share = 0.2
+    pairs = draft.dataset.pairs_path
+    away = pairs.rename(pairs.with_name("away"))
+    assert checks.pair_counts(draft) == (0, 0)
+    away.rename(pairs)
+    assert checks.pair_counts(draft) == (160, 40)

@@ -29,8 +29,6 @@ MAX_EVAL_STEPS = 1_000_000
 PAIRS_ADVISED = (100, 100_000)
 # A run may be created while its model still loads: it waits in the queue for it.
 COMING = (BaseModel.Status.READY, BaseModel.Status.QUEUED, BaseModel.Status.DOWNLOADING)
-# What an adapter that a run starts from has decided already.
-LORA_OF_PARENT = ("lora_r", "lora_alpha", "target_modules")
 Evaluation = TrainingTask.Evaluation
 
 
@@ -201,7 +199,11 @@ def pair_counts(task: TrainingTask) -> tuple[int, int]:
         return 0, 0
     if task.evaluation == Evaluation.SPLIT:
         seed = recipes.resolve({} if recipes.problems(task.parameters) else task.parameters)["seed"]
-        return _count_split(str(dataset.pairs_path), dataset.pairs_sha256, task.validation_share, seed)
+        try:
+            return _count_split(str(dataset.pairs_path), dataset.pairs_sha256, task.validation_share, seed)
+        except (OSError, ValueError, TypeError):
+            logger.warning("The pairs of %s cannot be counted", dataset.pairs_path, exc_info=True)
+            return 0, 0
     other = task.validation_dataset
     held_out = other.num_pairs if task.evaluation == Evaluation.FILE and other and other.is_ready else 0
     return dataset.num_pairs, held_out
@@ -209,12 +211,10 @@ def pair_counts(task: TrainingTask) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=256)
 def _count_split(path: str, sha256: str, share: float, seed: Any) -> tuple[int, int]:
-    """By content: the file behind a hash never changes, and a page asks on every keystroke."""
-    try:
-        return count_split(Path(path), share, int(seed))
-    except (OSError, ValueError, TypeError):
-        logger.warning("The pairs of %s cannot be counted", path, exc_info=True)
-        return 0, 0
+    """By content: the file behind a hash never changes, and a page asks on every keystroke. A failure to read
+    it is raised, not remembered.
+    """
+    return count_split(Path(path), share, int(seed))
 
 
 def draft_estimate(task: TrainingTask) -> Estimate | None:
@@ -266,5 +266,5 @@ def pair_tokens(dataset: Dataset | None) -> PairTokens:
 def lora_of_parent(parent: TrainedModel | None) -> dict[str, Any]:
     """Rank, alpha and layers of the adapter that a run starts from: they are its own and cannot be changed."""
     values = parent.parameters if parent and isinstance(parent.parameters, dict) else {}
-    found = {name: values[name] for name in LORA_OF_PARENT if name in values}
+    found = {name: values[name] for name in recipes.OF_THE_ADAPTER if name in values}
     return {} if recipes.problems(found) else found
