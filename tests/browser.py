@@ -67,7 +67,7 @@ def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Open
         page = context.new_page()
         page.set_default_timeout(15_000)
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
+        page.on("pageerror", lambda error: problems.append(f"script error: {error.stack or error}"))
         page.on("request", lambda sent: note_request(sent.url))
         page.on("websocket", lambda opened: note_request(opened.url))
         return page
