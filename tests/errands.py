@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from html.parser import HTMLParser
 from typing import Any
 
 from tests.live import Person
@@ -30,9 +31,10 @@ def create_task(person: Person, folder: str, *, name: str = "errand", **paramete
     data = {"dataset": dataset, "evaluation": "split", "validation_percent": "10", "eval_steps": "0"}
     person.post(f"{step}data/", data)
     _, page = person.get(f"{step}settings/")
-    given = dict(re.findall(r'<input type="text"[^>]*? name="(\w+)"[^>]*? value="([^"]*)"', page))
-    values = given | QUICK | parameters | {"name": name, "model_name": f"{name}-v1"}
-    person.post(f"{step}settings/", values)
+    values: dict[str, str | list[str]] = {**fields(page), **QUICK, **parameters}
+    values |= {"name": name, "model_name": f"{name}-v1"}
+    _, page = person.post(f"{step}settings/", values)
+    assert "Review and create the task" in page, page
     _, page = person.post(f"{step}review/", {})
     assert 'id="task-status"' in page, page
     return task
@@ -42,6 +44,27 @@ def found(pattern: re.Pattern[str], page: str) -> str:
     match = pattern.search(page)
     assert match, f"no {pattern.pattern} in {page[:2000]}"
     return match[1]
+
+
+class _Fields(HTMLParser):
+    """Text fields and ticked boxes of a page, as a browser without JavaScript would send them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, list[str]] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        kind = given.get("type")
+        sent = kind == "text" or (kind == "checkbox" and "checked" in given)
+        if tag == "input" and sent and "disabled" not in given:
+            self.values.setdefault(given.get("name") or "", []).append(given.get("value") or "")
+
+
+def fields(page: str) -> dict[str, list[str]]:
+    parser = _Fields()
+    parser.feed(page)
+    return parser.values
 
 
 def _example(person: Person, step: str, *, seconds: float = 30) -> str:

@@ -273,7 +273,10 @@ def test_a_task_can_start_from_a_model_and_its_reference_is_that_model(
     walk.go_on(page, "Dataset & Evaluation")
     walk.choose(page, "Example: short and direct answers")
     walk.go_on(page, "Settings & Options")
-    walk.fill_settings(page, name="On from there", model_name="Road-v2", **QUICK | {"epoch": 0.05})
+    values = {label: value for label, value in QUICK.items() if label != "lora_rank"} | {"epoch": 0.05}
+    walk.fill_settings(page, name="On from there", model_name="Road-v2", **values)
+    expect(page.get_by_label("lora_rank", exact=True)).to_be_disabled()  # that model's adapter has decided it
+    expect(page.get_by_label("lora_rank", exact=True)).to_have_value("4")
     walk.go_on(page, "Review and create the task")
     expect(page.get_by_text(f"{name}, the model this run starts from, not the bare base")).to_be_visible()
     path = walk.create(page)
