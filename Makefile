@@ -5,6 +5,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+DJADE := .venv/bin/djade --target-version 5.2
 STAMPS := .venv/installed
 PYVER := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 RUN_KEY := $(shell { cat requirements.txt requirements-starter.txt; echo $(PYVER); } | cksum | tr ' ' '-')
@@ -15,9 +16,9 @@ DEV_KEY := $(shell { cat requirements.txt requirements-starter.txt requirements-
 help:
 	@echo "make run         install what is missing and start the studio"
 	@echo "make test        install what the tests need and run all of them (make test-fast: the fast part)"
-	@echo "make lint        ruff         make types   mypy        make contracts   who may import whom"
+	@echo "make lint        ruff, djade  make types   mypy        make contracts   who may import whom"
 	@echo "make check       lint, types, contracts, migrations, deployment settings"
-	@echo "make format      let ruff format the code"
+	@echo "make format      let ruff and djade format code and templates"
 
 run: install
 	@exec $(PY) manage.py studio --with-parent
@@ -84,9 +85,11 @@ chromium: install-dev
 lint: install-dev
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@find templates -name '*.html' -exec $(DJADE) --check {} +
 
 format: install-dev
 	@$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
+	@find templates -name '*.html' -exec $(DJADE) {} +
 
 types: install-dev
 	@$(PY) -m mypy

@@ -51,6 +51,13 @@ def run_once(folder: Path, model: Path, learning_rate: float) -> dict[str, objec
     return result
 
 
+def cell(key: str, before: float, after: float) -> str:
+    """Before the first step policy and reference are one, so an accuracy before it says nothing."""
+    if key == "eval_rewards/accuracies":
+        return f"{after:.1%}"
+    return f"{before:.3g} → {after:.3g}"
+
+
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
@@ -70,7 +77,7 @@ def main() -> None:
         for rate in rates:
             result = run_once(folder, Path(sys.argv[1]), rate)
             before, after = result["initial_metrics"], result["metrics"]
-            cells = [f"{before[key]:.4f} → {after[key]:.4f}" for key in COLUMNS]
+            cells = [cell(key, before[key], after[key]) for key in COLUMNS]
             memory = f"{result['peak_memory_bytes'] / 2**30:.1f} GiB"
             print(
                 f"| {rate:g} | {' | '.join(cells)} | {result['step']} | {result['seconds']:.0f} | {memory} |"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from datasets_app import leases
 from datasets_app.models import Dataset
+from datasets_app.uploads import disk_has_room
 from datasets_app.validation import Report, Validation
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def _validate(dataset: Dataset, epoch: int, pairs: Path, issues: Path) -> Report
         if time.monotonic() - last < REPORT_SECONDS:
             return
         last = time.monotonic()
+        if not disk_has_room(0):  # pairs may be many times larger than the packed file they come from
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         rows = Dataset.objects.all()
         if not leases.renew(rows, dataset.pk, epoch, ttl=TTL, lines_done=lines, bytes_done=read):
             raise Fenced

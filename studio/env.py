@@ -66,7 +66,7 @@ def env_choice(name: str, default: str, choices: tuple[str, ...]) -> str:
 
 
 def env_path(name: str, default: Path, *, make: bool = False) -> Path:
-    """A folder; with `make` it exists afterwards and can be written to."""
+    """A folder; with `make` it exists afterwards and can be written to, and nobody else may look into a new one."""
     raw = env_str(name)
     path = (Path(raw).expanduser() if raw else default).resolve()
     advice = f"Name a folder, or unset {name} for {default}."
@@ -74,7 +74,7 @@ def env_path(name: str, default: Path, *, make: bool = False) -> Path:
         raise ImproperlyConfigured(f"{name}={str(path)!r} is a file, not a folder. {advice}")
     if make:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ImproperlyConfigured(
                 f"{name}={str(path)!r} cannot be made ({error.strerror}). {advice}"

@@ -1,7 +1,7 @@
 """How much of a request's body is taken, decided while it arrives and before Django keeps a byte of it.
 
 Django's ASGI handler spools the whole body before any view or upload handler runs, so the limit must stand in
-front of it. Only the upload page takes large bodies, and only with a session cookie.
+front of it. Only the upload page takes large bodies, and only from somebody who is signed in.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
+from importlib import import_module
 from typing import IO, Any
 
+from channels.db import database_sync_to_async
 from django.conf import settings
+from django.contrib.auth import SESSION_KEY
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIHandler
+from django.http import parse_cookie
 from django.urls import reverse
 
 from datasets_app.uploads import Refusal, disk_full, disk_has_room, too_large
@@ -59,7 +63,7 @@ class BodyLimit:
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        body = _Body(scope, receive, send)
+        body = _Body(scope, receive, send, large=await _may_be_large(scope))
         refusal = body.refusal_of_stated_length()
         if refusal:
             await body.refuse(refusal)
@@ -67,19 +71,28 @@ class BodyLimit:
         await self.app(scope, body.receive, body.send)
 
 
+async def _may_be_large(scope: dict[str, Any]) -> bool:
+    if scope["path"] != reverse("datasets:new"):
+        return False
+    cookies = parse_cookie(dict(scope["headers"]).get(b"cookie", b"").decode("latin-1"))
+    return await signed_in(cookies.get(settings.SESSION_COOKIE_NAME, ""))
+
+
+async def signed_in(session_key: str) -> bool:
+    """Is this the session of somebody? That a cookie is there proves nothing: anybody can write one."""
+    store = import_module(settings.SESSION_ENGINE).SessionStore(session_key)
+    return SESSION_KEY in await database_sync_to_async(store.load)()  # which also minds stale connections
+
+
 class _Body:
     """One request: counts what arrives, and speaks in the application's place once it was refused."""
 
-    def __init__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        self._receive, self._send = receive, send
+    def __init__(self, scope: dict[str, Any], receive: Receive, send: Send, *, large: bool) -> None:
+        self._receive, self._send, self._large = receive, send, large
         self._headers = dict(scope["headers"])
-        self._large = self._has_session() and scope["path"] == reverse("datasets:new")
         self._limit = settings.UPLOAD_MAX_BYTES + FORM_OVERHEAD if self._large else SMALL_BODY
         self._size = 0
         self._complete = self._refused = False
-
-    def _has_session(self) -> bool:
-        return settings.SESSION_COOKIE_NAME.encode() + b"=" in self._headers.get(b"cookie", b"")
 
     def _too_large(self) -> Refusal:
         return too_large() if self._large else Refusal(413, "The request is too large.")

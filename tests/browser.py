@@ -26,8 +26,11 @@ document.addEventListener("securitypolicyviolation", (event) => {
   console.error(`CSP violation: ${event.violatedDirective} blocked ${event.blockedURI} at ${place}`);
 });
 """
-# A refused form answers 4xx on purpose, and the browser notes it on its console.
-ALWAYS_FINE = re.compile(r"^Failed to load resource: the server responded with a status of 4\d\d")
+# A refused form answers 4xx on purpose, and the browser notes it on its console. A page that is left while it polls
+# aborts that request, and htmx notes it twice (a request that failed has a note of its own beside htmx:afterRequest).
+ALWAYS_FINE = re.compile(
+    r"^Failed to load resource: the server responded with a status of 4\d\d|^htmx:(sendAbort|afterRequest),"
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Open
         page = context.new_page()
         page.set_default_timeout(15_000)
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
+        page.on("pageerror", lambda error: problems.append(f"script error: {error.stack or error}"))
         page.on("request", lambda sent: note_request(sent.url))
         page.on("websocket", lambda opened: note_request(opened.url))
         return page

@@ -85,13 +85,13 @@ class Person:
         return self._open(urllib.request.Request(self.url + path), timeout)
 
     def post(
-        self, path: str, fields: Mapping[str, str], *, form_at: str = "", timeout: float = 10.0
+        self, path: str, fields: Mapping[str, str | list[str]], *, form_at: str = "", timeout: float = 10.0
     ) -> tuple[int, str]:
         """Reads the page with the form first, for its CSRF token; then sends it and follows the redirect."""
         _, page = self.get(form_at or path, timeout=timeout)
         token = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page)
         assert token, f"no form at {form_at or path}: {page[:300]}"
-        data = urllib.parse.urlencode({"csrfmiddlewaretoken": token[1], **fields}).encode()
+        data = urllib.parse.urlencode({"csrfmiddlewaretoken": token[1], **fields}, doseq=True).encode()
         return self._open(urllib.request.Request(self.url + path, data=data), timeout)
 
     def _open(self, request: urllib.request.Request, timeout: float) -> tuple[int, str]:

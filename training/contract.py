@@ -77,7 +77,8 @@ class Metric:
     NLL_LOSS = "nll_loss"  # -log p per chosen token, nats; only where it is part of the loss
     LOG_ODDS_CHOSEN = "log_odds_chosen"  # ORPO: log odds ratio of chosen over rejected, mean over pairs
     LOG_ODDS_RATIO = "log_odds_ratio"  # ORPO: log sigmoid of it, mean over pairs
-    KL = "kl"  # nats per completion token; exact over the vocabulary at evaluation, an estimate in training
+    # Nats per completion token: exact over the vocabulary at evaluation (of KL_PAIRS pairs), an estimate in training.
+    KL = "kl"
     GRAD_NORM = "grad_norm"  # before clipping
     LEARNING_RATE = "learning_rate"
     EPOCH = "epoch"  # fraction of passes done
@@ -86,6 +87,8 @@ class Metric:
 
 
 EVAL_PREFIX = "eval_"
+# The exact divergence needs a second pass and the whole vocabulary: the first held-out pairs stand for all.
+KL_PAIRS = 64
 Split = Literal["train", "eval"]
 
 # --- phases, in the order a run meets them ----------------------------------------------------------

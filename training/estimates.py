@@ -106,6 +106,7 @@ class Memory:
 class Fit:
     verdict: Verdict
     sentence: str
+    need: str = ""  # "2.7 GB"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,20 +221,23 @@ def fit(memory: Memory, machine: Machine) -> Fit:
     """Does the peak fit this machine's memory? Up to 80 % fits, up to 95 % is tight."""
     need, have = show_bytes(memory.total), show_bytes(machine.memory_bytes)
     if machine.memory_bytes <= 0:
-        return Fit(verdict="unknown", sentence=f"Needs about {need}; this machine's memory is not known yet.")
+        sentence = f"Needs about {need}; this machine's memory is not known yet."
+        return Fit(verdict="unknown", sentence=sentence, need=need)
     share = memory.total / machine.memory_bytes
     if share <= TIGHT:
-        return Fit(verdict="fits", sentence=f"Needs about {need} of {have}.")
+        return Fit(verdict="fits", sentence=f"Needs about {need} of {have}.", need=need)
     if share <= TOO_LARGE:
-        return Fit(
-            verdict="tight",
-            sentence=f"Needs about {need} of {have}: it may run out. A smaller batch_size leaves more room.",
+        sentence = (
+            f"Needs about {need} of {have}: it may run out. A smaller max_context_length leaves more room."
         )
+        return Fit(verdict="tight", sentence=sentence, need=need)
     if memory.weights + memory.runtime > TOO_LARGE * machine.memory_bytes:
         advice = "The weights alone do not fit: choose a smaller model or a larger machine."
     else:
         advice = "Lower batch_size or max_context_length, or choose a smaller model."
-    return Fit(verdict="too_large", sentence=f"Needs about {need}, this machine has {have}. {advice}")
+    return Fit(
+        verdict="too_large", sentence=f"Needs about {need}, this machine has {have}. {advice}", need=need
+    )
 
 
 def seconds(

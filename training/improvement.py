@@ -22,6 +22,11 @@ COMPARED: tuple[tuple[str, str, int], ...] = (
 )
 
 
+# Before the first step the model is its own reference: every margin is 0 but for rounding, and the share of those
+# above 0 says nothing. What the accuracy after is compared with is a coin toss.
+COIN_TOSS = 0.5
+
+
 @dataclasses.dataclass(frozen=True)
 class MetricChange:
     key: str
@@ -41,14 +46,19 @@ class MetricChange:
     @property
     def verdict(self) -> str:
         """ "better", "worse", or "" when it did not move or neither way is better."""
-        if self.before is None or self.after is None or self.better == 0 or self.after == self.before:
+        start = COIN_TOSS if self.is_accuracy else self.before
+        if start is None or self.after is None or self.better == 0 or self.after == start:
             return ""
-        return "better" if (self.after > self.before) == (self.better > 0) else "worse"
+        return "better" if (self.after > start) == (self.better > 0) else "worse"
+
+    @property
+    def is_accuracy(self) -> bool:
+        return self.key.endswith(Metric.REWARDS_ACCURACIES)
 
     def _text(self, value: float | None) -> str:
         if value is None:
             return "–"
-        return f"{value:.1%}" if self.key.endswith(Metric.REWARDS_ACCURACIES) else f"{value:.4g}"
+        return f"{value:.1%}" if self.is_accuracy else f"{value:.4g}"
 
 
 def changes(result: Mapping[str, Any]) -> list[MetricChange]:
@@ -57,7 +67,8 @@ def changes(result: Mapping[str, Any]) -> list[MetricChange]:
     found = []
     for key, label, better in COMPARED:
         name = EVAL_PREFIX + key
-        change = MetricChange(name, label, _finite(before.get(name)), _finite(after.get(name)), better)
+        first = None if key == Metric.REWARDS_ACCURACIES else _finite(before.get(name))
+        change = MetricChange(name, label, first, _finite(after.get(name)), better)
         if change.before is not None or change.after is not None:
             found.append(change)
     return found

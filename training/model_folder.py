@@ -28,6 +28,10 @@ DTYPE_BYTES = {
 }  # fmt: skip
 # Two-dimensional weights inside a numbered block that are no linear layer of the model's own.
 NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|lm_head|score|rotary|relative_attention_bias", re.IGNORECASE)
+ORDER = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "o_proj", "c_proj", "dense",
+    "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+)  # fmt: skip
 BLOCK = re.compile(r"\.\d+\.")
 LICENCE = re.compile(r"^license(?:_name)?:\s*([\w.+-]{1,60})\s*$", re.MULTILINE)
 
@@ -328,7 +332,9 @@ def _modules(tensors: Mapping[str, tuple[int, ...]], *, num_experts: int) -> dic
         units[module] = units.get(module, 0) + shape[0] + shape[1]
     if not units:
         raise FolderProblem("No linear layers were found in the weights, so LoRA has nothing to adapt.")
-    return {"linear_modules": list(units), "lora_units": units}
+    # Weight files are sorted by name; people know the layers in the order of their work.
+    names = sorted(units, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    return {"linear_modules": names, "lora_units": {name: units[name] for name in names}}
 
 
 def _active(tensors: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ from django.conf import settings
 from django.db import models
 from django.db.models import Q
 from django.urls import reverse
+from django.utils import timezone
 
 from datasets_app.leases import LeasedRow
 from datasets_app.models import Dataset
@@ -22,7 +23,10 @@ class BaseModelQuerySet(models.QuerySet["BaseModel"]):
 
 
 class BaseModel(LeasedRow):
-    """A model that a task can start from, and where its files are. absent -> queued -> downloading -> ready | failed."""
+    """A model that a task can start from, and where its files are.
+
+    absent -> queued -> downloading -> ready | failed
+    """
 
     class Source(models.TextChoices):
         STARTER = "starter", "Starter model"
@@ -44,7 +48,9 @@ class BaseModel(LeasedRow):
     source = models.CharField(max_length=20, choices=Source.choices)
     kind = models.CharField(max_length=20, blank=True, default="")  # instruct | thinking | base | moe
     name = models.CharField(max_length=200)  # Hub id, or the folder's name
-    path = models.CharField(max_length=1000, blank=True, default="")  # a row's own path; never taken from a request
+    path = models.CharField(
+        max_length=1000, blank=True, default=""
+    )  # a row's own path; never taken from a request
     revision = models.CharField(max_length=64, blank=True, default="")
     status = models.CharField(max_length=20, choices=Status.choices, default=Status.ABSENT)
     problem = models.TextField(blank=True, default="")
@@ -57,6 +63,14 @@ class BaseModel(LeasedRow):
 
     class Meta:
         ordering = ["created"]
+        constraints = [  # two clicks make one row; what is everybody's has no owner and is made at the start alone
+            models.UniqueConstraint(
+                fields=["owner", "name"], condition=Q(source="hub"), name="one_row_per_hub_id"
+            ),
+            models.UniqueConstraint(
+                fields=["owner", "path"], condition=Q(source="folder"), name="one_row_per_folder"
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.name
@@ -109,11 +123,15 @@ class TrainingTask(LeasedRow):
     # --- what the wizard fills in
     name = models.CharField("Task Display Name", max_length=120, blank=True, default="")
     model_name = models.CharField("Custom Model Name", max_length=120, blank=True, default="")
-    base_model = models.ForeignKey(BaseModel, null=True, blank=True, on_delete=models.SET_NULL, related_name="tasks")
+    base_model = models.ForeignKey(
+        BaseModel, null=True, blank=True, on_delete=models.SET_NULL, related_name="tasks"
+    )
     parent_model = models.ForeignKey(  # start from a model of My Models; base_model is then that model's base
         "training.TrainedModel", null=True, blank=True, on_delete=models.SET_NULL, related_name="child_tasks"
     )
-    dataset = models.ForeignKey(Dataset, null=True, blank=True, on_delete=models.SET_NULL, related_name="tasks")
+    dataset = models.ForeignKey(
+        Dataset, null=True, blank=True, on_delete=models.SET_NULL, related_name="tasks"
+    )
     evaluation = models.CharField(max_length=10, choices=Evaluation.choices, default=Evaluation.SPLIT)
     validation_share = models.FloatField(default=0.1)
     validation_dataset = models.ForeignKey(
@@ -159,7 +177,12 @@ class TrainingTask(LeasedRow):
 
     @property
     def is_terminal(self) -> bool:
-        return self.status in {self.Status.SUCCEEDED, self.Status.STOPPED, self.Status.FAILED, self.Status.CANCELLED}
+        return self.status in {
+            self.Status.SUCCEEDED,
+            self.Status.STOPPED,
+            self.Status.FAILED,
+            self.Status.CANCELLED,
+        }
 
 
 class Run(models.Model):
@@ -175,7 +198,7 @@ class Run(models.Model):
     engine_created = models.FloatField(default=0.0)
     events_offset = models.PositiveBigIntegerField(default=0)  # bytes of events.jsonl that are rows already
     device = models.CharField(max_length=100, blank=True, default="")  # "cpu", or the GPU's uuid
-    started = models.DateTimeField(auto_now_add=True)
+    started = models.DateTimeField(default=timezone.now)  # a claim says `Now()`, the clock of `queued_at`
     ended = models.DateTimeField(null=True, blank=True)
     exit_code = models.IntegerField(null=True, blank=True)
     reason = models.TextField(blank=True, default="")
@@ -286,14 +309,20 @@ class TrainedModel(models.Model):
     """What came out of a task: an adapter in its own folder. Made in the transaction that ends the task."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="trained_models")
+    owner = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="trained_models"
+    )
     task = models.OneToOneField(
         TrainingTask, null=True, blank=True, on_delete=models.SET_NULL, related_name="trained_model"
     )
     name = models.CharField(max_length=120)
-    base_model = models.ForeignKey(BaseModel, null=True, on_delete=models.SET_NULL, related_name="trained_models")
+    base_model = models.ForeignKey(
+        BaseModel, null=True, on_delete=models.SET_NULL, related_name="trained_models"
+    )
     base_model_name = models.CharField(max_length=200)  # survives the row above
-    parent = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL, related_name="children")
+    parent = models.ForeignKey(
+        "self", null=True, blank=True, on_delete=models.SET_NULL, related_name="children"
+    )
     parent_name = models.CharField(max_length=120, blank=True, default="")  # of a parent that was deleted
     dataset_name = models.CharField(max_length=200, blank=True, default="")
     dataset_sha256 = models.CharField(max_length=64, blank=True, default="")

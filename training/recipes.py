@@ -146,6 +146,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
 )  # fmt: skip
 BY_NAME: Mapping[str, Parameter] = {parameter.name: parameter for parameter in PARAMETERS}
+# A run that trains an adapter on cannot choose these: its matrices are there already.
+OF_THE_ADAPTER = ("lora_r", "lora_alpha", "target_modules")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +185,21 @@ def resolve(parameters: Mapping[str, Any]) -> dict[str, Any]:
     resolved = {parameter.name: given.get(parameter.name, parameter.default) for parameter in PARAMETERS}
     resolved["target_modules"] = tuple(resolved["target_modules"])
     return resolved
+
+
+def continuing(chosen: Mapping[str, Any], adapter: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Resolved parameters of a run that trains an adapter on, and in words what that overrode.
+
+    `adapter` are the resolved parameters under which the adapter was made.
+    """
+    given = {name: adapter[name] for name in OF_THE_ADAPTER if name in adapter}
+    before, after = resolve(chosen), resolve({**chosen, **given})
+    overridden = [
+        f"{BY_NAME[name].label} {show(BY_NAME[name], after[name])} instead of {show(BY_NAME[name], before[name])}"
+        for name in OF_THE_ADAPTER
+        if after[name] != before[name]
+    ]
+    return after, overridden
 
 
 def problems(parameters: object) -> dict[str, str]:

@@ -105,11 +105,16 @@ document.addEventListener("htmx:afterRequest", (event) => {
   showSending(form, Boolean(event.detail.xhr?.getResponseHeader("HX-Redirect")));
 });
 
+// Other parts of a page send requests too, and one that is replaced by the next is aborted: not this form's affair.
 document.addEventListener("htmx:sendError", (event) => {
-  say(formOf(event), "The connection broke off before the whole file arrived. Check that the studio is running, then upload it again.");
+  const form = formOf(event);
+  if (form) say(form, "The connection broke off before the whole file arrived. Check that the studio is running, then upload it again.");
 });
 
-document.addEventListener("htmx:sendAbort", (event) => say(formOf(event), "The upload was cancelled; nothing was kept."));
+document.addEventListener("htmx:sendAbort", (event) => {
+  const form = formOf(event);
+  if (form) say(form, "The upload was cancelled; nothing was kept.");
+});
 
 document.addEventListener("click", (event) => {
   const button = event.target instanceof Element ? event.target.closest("[data-upload-cancel]") : null;

@@ -13,7 +13,7 @@ const fileName = boot.name.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "tas
 showTools();
 bindDialogs();
 const board = new ChartBoard(read("task-figures"), fileName);
-const status = new TaskStatus(boot.state, board.store);
+const status = new TaskStatus(boot.state, board.store, boot.now);
 const log = new TaskLog(boot.log, boot.state.terminal);
 const feed = new TaskFeed(boot);
 

@@ -22,7 +22,8 @@ function short(value, percent) {
 }
 
 export class TaskStatus {
-  constructor(state, store) {
+  constructor(state, store, now) {
+    this.skew = Date.now() / 1000 - now; // how far this machine's clock is from the studio's
     this.state = state;
     this.store = store;
     this.title = document.title;
@@ -69,7 +70,7 @@ export class TaskStatus {
   #clock() {
     const { started, ended, eta_seconds: eta } = this.state;
     const elapsed = document.querySelector("[data-elapsed]");
-    if (elapsed && started) elapsed.textContent = words((ended ?? Date.now() / 1000) - started);
+    if (elapsed && started) elapsed.textContent = words((ended ?? Date.now() / 1000 - this.skew) - started);
     const left = document.querySelector("[data-eta]");
     if (left) left.textContent = eta === null ? "–" : words(eta);
   }

@@ -4,6 +4,7 @@ const changed = (element, yes) => element.toggleAttribute("data-changed", yes);
 for (const row of document.querySelectorAll("[data-parameter]")) {
   const input = row.querySelector("input");
   const reset = row.querySelector("[data-reset]");
+  if (!reset) continue;
   const differs = () => input.value.trim() !== row.dataset.default && Number(input.value) !== Number(row.dataset.default);
   const show = () => { changed(row, differs()); reset.hidden = !differs(); };
   input.addEventListener("input", show);
@@ -21,7 +22,7 @@ for (const group of document.querySelectorAll("[data-modules]")) {
   const presets = group.querySelector("[data-presets]");
   const show = () => {
     const ticked = boxes.filter((box) => box.checked).length;
-    changed(group, ticked > 0 && ticked < boxes.length);
+    changed(group, ticked < boxes.length);
   };
   group.addEventListener("change", show);
   if (!presets) continue;
@@ -29,7 +30,7 @@ for (const group of document.querySelectorAll("[data-modules]")) {
   for (const button of presets.querySelectorAll("[data-preset]")) {
     button.addEventListener("click", () => {
       const names = button.dataset.preset.split(",");
-      for (const box of boxes) box.checked = names.includes(box.value);
+      for (const box of boxes) box.checked = names[0] === "*" || names.includes(box.value);
       show();
       group.dispatchEvent(new Event("change", { bubbles: true }));
     });

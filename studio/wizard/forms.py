@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from typing import Any
 
@@ -15,9 +16,10 @@ from datasets_app.models import Dataset
 from training import recipes
 from training.base_models import linear_modules
 from training.models import BaseModel, TrainedModel, TrainingTask
-from training.services.drafts import NAME_LIMIT
+from training.services.draft_checks import NAME_LIMIT, lora_of_parent
 
 Evaluation = TrainingTask.Evaluation
+THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+")
 NAME_TOO_LONG = "Use at most %(limit_value)d characters; these are %(show_value)d."
 
 
@@ -61,6 +63,26 @@ class ModelStepForm(forms.Form):
         return {"base_model": base, "parent_model": parent}
 
 
+def written_number(text: str, *, whole: bool = False) -> float:
+    """5e-6, 5,5 and, where only whole numbers are meant, 1,024. Raises ValueError for anything else."""
+    text = text.strip()
+    if "_" in text:
+        raise ValueError("Python would read this, people do not write it")
+    if whole and THOUSANDS.fullmatch(text):
+        return float(text.replace(",", ""))
+    return float(text.replace(",", "."))
+
+
+class PercentField(forms.FloatField):
+    """A share as people write it: 10, 12.5, 12,5."""
+
+    def clean(self, value: Any) -> Any:
+        try:
+            return super().clean(written_number(str(value)) if value else value)
+        except ValueError:
+            raise forms.ValidationError(self.error_messages["invalid"], code="invalid") from None
+
+
 class DataStepForm(forms.Form):
     """Which pairs, and how it is seen whether the model generalises."""
 
@@ -72,7 +94,7 @@ class DataStepForm(forms.Form):
         },
     )
     evaluation = forms.ChoiceField(choices=Evaluation.choices)
-    validation_percent = forms.FloatField(
+    validation_percent = PercentField(
         label="Share held out",
         required=False,
         min_value=0.1,
@@ -103,12 +125,13 @@ class DataStepForm(forms.Form):
     )
 
     def __init__(self, *args: Any, task: TrainingTask, chosen: str = "", **kwargs: Any) -> None:
+        self.task = task
         kwargs.setdefault(
             "initial",
             {
                 "dataset": chosen or task.dataset_id,
                 "evaluation": task.evaluation,
-                "validation_percent": round(task.validation_share * 100, 3),
+                "validation_percent": recipes.number(round(task.validation_share * 100, 3)),
                 "validation_dataset": task.validation_dataset_id,
                 "eval_steps": task.eval_steps,
             },
@@ -119,10 +142,13 @@ class DataStepForm(forms.Form):
             field = self.fields[name]
             assert isinstance(field, forms.ModelChoiceField)  # noqa: S101
             field.queryset = own
+            field.widget.attrs["form"] = "step-form"  # the page has the upload between the halves of the form
 
     def clean(self) -> dict[str, Any]:
         cleaned = super().clean() or {}
         kind = cleaned.get("evaluation")
+        if kind in (Evaluation.FILE, Evaluation.NONE):
+            self.errors.pop("validation_percent", None)  # what is not used need not be right
         if kind == Evaluation.SPLIT and "validation_percent" in cleaned and not cleaned["validation_percent"]:
             self.add_error("validation_percent", "Give the share to hold out; 10 percent is usual.")
         if kind == Evaluation.FILE and "validation_dataset" in cleaned and not cleaned["validation_dataset"]:
@@ -130,14 +156,15 @@ class DataStepForm(forms.Form):
         return cleaned
 
     def values(self) -> dict[str, Any]:
-        cleaned = self.cleaned_data
+        """What is right in the form; the draft's own value where the form is wrong."""
+        cleaned, task = self.cleaned_data, self.task
         percent = cleaned.get("validation_percent")
         return {
-            "dataset": cleaned["dataset"],
-            "evaluation": cleaned["evaluation"],
-            "validation_share": round(percent / 100, 6) if percent else 0.1,
-            "validation_dataset": cleaned.get("validation_dataset"),
-            "eval_steps": cleaned.get("eval_steps") or 0,
+            "dataset": cleaned.get("dataset", task.dataset),
+            "evaluation": cleaned.get("evaluation", task.evaluation),
+            "validation_share": round(percent / 100, 6) if percent else task.validation_share,
+            "validation_dataset": cleaned.get("validation_dataset", task.validation_dataset),
+            "eval_steps": cleaned.get("eval_steps", task.eval_steps) or 0,
         }
 
 
@@ -149,7 +176,9 @@ class ParameterField(forms.CharField):
         super().__init__(
             label=parameter.label,
             max_length=40,
-            widget=forms.TextInput(attrs={"inputmode": "decimal", "autocomplete": "off", "spellcheck": "false"}),
+            widget=forms.TextInput(
+                attrs={"inputmode": "decimal", "autocomplete": "off", "spellcheck": "false"}
+            ),
             error_messages={
                 "required": f"Give {parameter.label} a number; {recipes.number(parameter.default)} is the default.",
                 "max_length": f"{parameter.label} must be a number; the usual range is {parameter.usual}.",
@@ -157,9 +186,9 @@ class ParameterField(forms.CharField):
         )
 
     def clean(self, value: Any) -> int | float:
-        text = str(super().clean(value)).replace(",", ".")
+        text = str(super().clean(value))
         try:
-            number: int | float = float(text)
+            number = written_number(text, whole=self.parameter.kind == "int")
         except ValueError:
             raise forms.ValidationError(recipes.problem(self.parameter, text)) from None
         if sentence := recipes.problem(self.parameter, number):
@@ -182,37 +211,57 @@ class SettingsStepForm(forms.Form):
     )
 
     def __init__(self, *args: Any, task: TrainingTask, **kwargs: Any) -> None:
-        values = recipes.resolve(task.parameters)
+        self.task = task
+        self.modules = linear_modules(task.base_model.facts) if task.base_model else ()
+        self.locked = lora_of_parent(task.parent_model)  # an adapter to start from has decided these
+        values = recipes.resolve(({} if recipes.problems(task.parameters) else task.parameters) | self.locked)
         initial: dict[str, Any] = {
             "model_name": task.model_name or suggested_model_name(task),
             "name": task.name or suggested_task_name(task),
         }
         for parameter in recipes.PARAMETERS:
             value = values[parameter.name]
-            initial[parameter.name] = list(value) if parameter.kind == "modules" else recipes.number(value)
+            # No list means all layers, and that is how it is shown.
+            layers = parameter.kind == "modules"
+            initial[parameter.name] = list(value or self.modules) if layers else recipes.number(value)
         kwargs.setdefault("initial", initial)
         super().__init__(*args, **kwargs)
-        self.modules = linear_modules(task.base_model.facts) if task.base_model else ()
         for parameter in recipes.PARAMETERS:
             self.fields[parameter.name] = self._field(parameter)
 
     def _field(self, parameter: recipes.Parameter) -> forms.Field:
+        locked = parameter.name in self.locked
         if parameter.kind != "modules":
-            return ParameterField(parameter)
+            field = ParameterField(parameter)
+            field.disabled = locked
+            return field
         return forms.MultipleChoiceField(
             label=parameter.label,
-            required=False,
+            required=bool(self.modules) and not locked,
+            disabled=locked,
             choices=[(name, name) for name in self.modules],
             widget=forms.CheckboxSelectMultiple,
-            error_messages={"invalid_choice": "%(value)s is not a layer of this model. Choose from the list."},
+            error_messages={
+                "required": "Choose at least one layer to train; all linear layers is the default.",
+                "invalid_choice": "%(value)s is not a layer of this model. Choose from the list.",
+            },
         )
 
     def values(self) -> dict[str, Any]:
-        cleaned = self.cleaned_data
-        parameters = {parameter.name: cleaned[parameter.name] for parameter in recipes.PARAMETERS}
+        """What is right in the form; the draft's own value where the form is wrong."""
+        cleaned, task = self.cleaned_data, self.task
+        kept = {} if recipes.problems(task.parameters) else task.parameters
+        parameters = recipes.resolve(kept) | {
+            name: cleaned[name] for name in recipes.BY_NAME if name in cleaned
+        }
+        parameters["target_modules"] = list(parameters["target_modules"])
         if set(parameters["target_modules"]) >= set(self.modules):
             parameters["target_modules"] = []  # all of them is what an empty list means
-        return {"name": cleaned["name"], "model_name": cleaned["model_name"], "parameters": parameters}
+        return {
+            "name": cleaned.get("name", task.name),
+            "model_name": cleaned.get("model_name", task.model_name),
+            "parameters": parameters,
+        }
 
 
 class FolderForm(forms.Form):
@@ -244,7 +293,11 @@ class HubForm(forms.Form):
 
 
 def suggested_model_name(task: TrainingTask) -> str:
-    source = task.parent_model.name if task.parent_model else (task.base_model.name if task.base_model else "Model")
+    source = (
+        task.parent_model.name
+        if task.parent_model
+        else (task.base_model.name if task.base_model else "Model")
+    )
     return f"{source.rpartition('/')[2][: NAME_LIMIT - 12]}-aligned-v1"
 
 

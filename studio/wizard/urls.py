@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from django.urls import URLPattern, URLResolver, path, register_converter
 
-from studio.wizard import views
-from training.services.drafts import STEPS
+from studio.wizard import model_views, views
+from training.services.draft_checks import STEPS
 
 
 class StepConverter:
@@ -28,7 +28,7 @@ urlpatterns: list[URLPattern | URLResolver] = [
     path("help/choosing-a-model/", views.choosing_a_model, name="choosing"),
     path("<uuid:task_id>/setup/<step:step>/", views.setup_step, name="step"),
     path("<uuid:task_id>/setup/<step:step>/summary/", views.setup_summary, name="summary"),
-    path("<uuid:task_id>/setup/model/download/", views.model_download, name="download"),
-    path("<uuid:task_id>/setup/model/folder/", views.model_folder, name="folder"),
-    path("<uuid:task_id>/setup/model/hub/", views.model_hub, name="hub"),
+    path("<uuid:task_id>/setup/model/download/", model_views.model_download, name="download"),
+    path("<uuid:task_id>/setup/model/folder/", model_views.model_folder, name="folder"),
+    path("<uuid:task_id>/setup/model/hub/", model_views.model_hub, name="hub"),
 ]

@@ -178,3 +178,16 @@ def test_validating_twice_gives_the_same_bytes(queued: MakeDataset, data_dir: Pa
         dataset.refresh_from_db()
         hashes.add(dataset.pairs_sha256)
     assert len(hashes) == 1
+
+
+def test_a_file_that_unpacks_to_more_than_the_disk_holds_is_ended_before_the_disk_is_full(
+    queued: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database and the broker write to the same disk: what they need is never given to a dataset."""
+    monkeypatch.setattr(jobs, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "disk_has_room", lambda size: False)
+    dataset = queued()
+    assert validate_dataset(dataset.pk)
+    dataset.refresh_from_db()
+    assert (dataset.status, "disk is full" in dataset.problem) == ("failed", True)
+    assert names(dataset) == {"original"}

@@ -24,6 +24,11 @@ DROP_FILE = """(zone, [name, text]) => {
         zone.dispatchEvent(new DragEvent(type, {dataTransfer: data, bubbles: true, cancelable: true}));
 }"""
 
+OTHERS_BREAK_OFF = """() => {
+    for (const name of ["htmx:sendAbort", "htmx:sendError"])
+        document.body.dispatchEvent(new CustomEvent(name, {bubbles: true, detail: {}}));
+}"""
+
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStudio]:
@@ -117,6 +122,16 @@ def test_a_dropped_file_is_chosen(studio: LiveStudio, page: Page) -> None:
     upload(page)
     page.wait_for_url(re.compile(r"/datasets/\?page=1&dataset=[0-9a-f-]{36}$"))
     expect(page.get_by_role("link", name="dropped", exact=True)).to_be_visible()
+
+
+def test_a_request_of_another_part_of_the_page_is_not_the_forms_affair(
+    studio: LiveStudio, page: Page
+) -> None:
+    """A summary replaced by the next one is aborted beside this form; an error in a script fails every test here."""
+    sign_in(studio, page, "/datasets/new/")
+    page.evaluate(OTHERS_BREAK_OFF)
+    expect(page.locator("#connection-notice")).to_be_visible()
+    expect(page.locator("[data-upload-problem]")).to_be_empty()
 
 
 def test_without_javascript_on_a_dark_phone(studio: LiveStudio, open_page: OpenPage, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The rows are written here as the worker would write them; a whole training is wa
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -225,6 +226,22 @@ def test_stop_explains_first_and_escape_changes_nothing(server: Server, page: Pa
     assert task.desired_state == "stop"
 
 
+def test_a_page_opened_while_the_task_was_queued_offers_both_ways_to_end_it_later(
+    server: Server, page: Page, alice: Any
+) -> None:
+    task = make_task(alice, status="queued")
+    sign_in(page, server, alice)
+    page.goto(f"{server.url}{task.get_absolute_url()}")
+    expect(page.locator("#live-pill")).to_have_text("Live")
+    TrainingTask.objects.filter(pk=task.pk).update(
+        status="running", started_at=timezone.now(), total_steps=100
+    )
+    page.get_by_role("link", name="Stop…").click()
+    expect(page.get_by_role("button", name="Cancel the task")).to_be_visible()
+    page.get_by_role("button", name="Stop and keep the model").click()
+    expect(page.locator("#task-status")).to_contain_text("the model will be kept")
+
+
 def test_markup_in_names_and_sentences_runs_nowhere(server: Server, page: Page, alice: Any) -> None:
     evil = "<img src=x onerror=window.bitten=1></script><script>window.bitten=1</script>"
     task = watched(page, server, alice, name=evil[:120])
@@ -240,3 +257,13 @@ def test_the_page_fits_a_phone(server: Server, open_page: OpenPage, alice: Any, 
     for chart in page.locator("[data-chart-card]").all():
         chart.scroll_into_view_if_needed()
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_elapsed_time_does_not_follow_a_wrong_clock_of_the_browser(
+    server: Server, page: Page, alice: Any
+) -> None:
+    page.add_init_script("const now = Date.now.bind(Date); Date.now = () => now() + 5 * 3600 * 1000;")
+    watched(page, server, alice)
+    expect(page.locator("[data-elapsed]")).to_have_text(re.compile(r"^\d+ s$"))
+    page.wait_for_timeout(1500)  # the page's own clock has ticked since
+    expect(page.locator("[data-elapsed]")).to_have_text(re.compile(r"^\d+ s$"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import struct
 import zipfile
@@ -17,9 +18,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests import errands
 from tests.browser import OpenPage
 from tests.e2e import walk
-from tests.live import LiveStudio, live_studio
+from tests.live import PASSWORD, LiveStudio, live_studio
 from tests.tiny import build_tiny_model, tiny_pairs
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
@@ -178,3 +180,196 @@ def answers(page: Page) -> None:
     assert base and tuned and base != tuned
     assert lengths >= 3, "the answers were streamed"
     walk.look(page, "try")
+
+
+# --- more of the same studio: alice has an account, a model, a dataset and a finished task by now -----
+@pytest.fixture
+def alices(studio: LiveStudio, page: Page) -> Page:
+    """Alice's window, with everything the first test leaves behind; made here when this test runs alone."""
+    if studio.link and not finished_task(studio):
+        make_first_task(studio)
+    walk.sign_in(page, studio.url, "alice")
+    return page
+
+
+def make_first_task(studio: LiveStudio) -> None:
+    alice = studio.make_first_account("alice")
+    errands.wait_for_end(alice, errands.create_task(alice, "tiny-llama", num_train_epochs="0.1"))
+
+
+def finished_task(studio: LiveStudio) -> bool:
+    try:
+        return "Succeeded" in studio.sign_in("alice").get("/tasks/")[1]
+    except AssertionError:
+        return False
+
+
+def oldest_task(page: Page, url: str) -> str:
+    page.goto(url + "/tasks/")
+    return page.locator(".task-name a").last.get_attribute("href") or ""
+
+
+def duplicate_longer(page: Page, url: str, *, epoch: int) -> str:
+    """A copy of a finished task with more passes; the path of the new task, which has begun to train."""
+    page.goto(url + oldest_task(page, url))
+    page.get_by_role("button", name="Duplicate").click()
+    page.wait_for_url(re.compile("/setup/"))
+    page.get_by_role("link", name=re.compile("Step 3")).click()
+    page.get_by_label("epoch", exact=True).fill(str(epoch))
+    walk.go_on(page, "Review and create the task")
+    path = walk.create(page)
+    walk.wait_for_steps(page, 3)
+    return path
+
+
+def test_stop_and_keep_makes_a_model_and_cancel_makes_none(studio: LiveStudio, alices: Page) -> None:
+    page = alices
+    path = duplicate_longer(page, studio.url, epoch=80)
+    page.get_by_role("link", name="Stop…").click()
+    walk.look(page, "stop-dialog")
+    page.get_by_role("button", name="Stop and keep the model").click()
+    walk.wait_for_end(page, "Stopped, model kept")
+    expect(page.get_by_role("heading", name="Stopped early; the model was kept")).to_be_visible()
+    page.reload()
+    kept = walk.steps_drawn_whole(page)
+    assert kept == list(range(1, len(kept) + 1)) and 3 <= len(kept) < walk.total_steps(page)
+    rows = list(csv.DictReader(io.StringIO(page.request.get(f"{studio.url}{path}metrics.csv").text())))
+    assert max(int(row["step"]) for row in rows if row["split"] == "eval") == len(kept), (
+        "evaluated at its end"
+    )
+    page.get_by_role("link", name="Open in My Models").click()
+    expect(page.locator("#model-card")).to_contain_text(f"{len(kept)} of ")
+
+    page.goto(studio.url + "/models/")
+    models = page.locator(".model-cards > li").count()
+    path = duplicate_longer(page, studio.url, epoch=80)
+    page.get_by_role("link", name="Stop…").click()
+    page.get_by_role("button", name="Cancel the task").click()
+    walk.wait_for_end(page, "Cancelled")
+    assert len(walk.steps_drawn_whole(page)) >= 3, "what was measured stays"
+    page.goto(studio.url + "/models/")
+    assert page.locator(".model-cards > li").count() == models
+    assert not studio.find("training.engine", "train"), "the engine is gone"
+    walk.look(page, "models")
+    page.goto(studio.url + "/tasks/")
+    walk.look(page, "tasks")
+    page.goto(studio.url + path + "delete/")
+    page.get_by_role("button", name="Delete the task").click()
+    expect(page.get_by_text("The task was deleted.")).to_be_visible()
+    assert page.request.get(studio.url + path).status == 404
+
+
+def test_a_task_can_start_from_a_model_and_its_reference_is_that_model(
+    studio: LiveStudio, alices: Page
+) -> None:
+    page = alices
+    page.goto(studio.url + "/models/")
+    card = page.locator(".model-cards > li").last
+    name = card.get_by_role("heading").inner_text()
+    card.get_by_role("heading").get_by_role("link").click()
+    page.get_by_role("button", name="Start a new task from this model").click()
+    expect(page.locator("#summary")).to_contain_text(f"{name}, not the bare base")
+    expect(page.locator("label:has(input:checked)")).to_contain_text(name)
+    walk.go_on(page, "Dataset & Evaluation")
+    walk.choose(page, "Example: short and direct answers")
+    walk.go_on(page, "Settings & Options")
+    values = {label: value for label, value in QUICK.items() if label != "lora_rank"} | {"epoch": 0.05}
+    walk.fill_settings(page, name="On from there", model_name="Road-v2", **values)
+    expect(page.get_by_label("lora_rank", exact=True)).to_be_disabled()  # that model's adapter has decided it
+    expect(page.get_by_label("lora_rank", exact=True)).to_have_value("4")
+    walk.go_on(page, "Review and create the task")
+    expect(page.get_by_text(f"{name}, the model this run starts from, not the bare base")).to_be_visible()
+    path = walk.create(page)
+    walk.wait_for_end(page, "Succeeded")
+    page.reload()
+    expect(page.locator(".task-foot")).to_contain_text(name)
+    points = page.request.get(f"{studio.url}{path}points/").json()["points"]
+    first = next(row for row in points if row["split"] == "eval" and row["step"] == 0)
+    assert abs(first["values"]["eval_loss"] - math.log(2)) < 1e-6, "it begins where that model ended"
+    assert abs(first["values"]["eval_kl"]) < 1e-6
+    page.get_by_role("link", name="Open in My Models").click()
+    expect(page.get_by_label("Lineage")).to_contain_text(name)
+
+
+@pytest.mark.console_errors("WebSocket connection to .* failed")
+def test_a_stranger_gets_404_everywhere(studio: LiveStudio, alices: Page, open_page: OpenPage) -> None:
+    page = alices
+    page.goto(studio.url + "/people/")
+    page.get_by_label("Name").fill("bob")
+    page.get_by_label("Password", exact=True).fill(PASSWORD)
+    page.get_by_label("Password again").fill(PASSWORD)
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(page.get_by_text("bob can sign in now")).to_be_visible()
+    bob = open_page(viewport={"width": 1280, "height": 900})
+    walk.sign_in(bob, studio.url, "bob")
+
+    task = oldest_task(page, studio.url)
+    page.goto(studio.url + "/models/")
+    model = page.locator(".model-cards h2 a").last.get_attribute("href")
+    page.goto(studio.url + "/datasets/")
+    dataset = page.locator("a[href^='/datasets/'][href*='-']").first.get_attribute("href")
+    partial = {"HX-Request": "true", "HX-Target": "task-status"}
+    reads = [
+        (task, {}), (task, partial), (f"{task}points/", {}), (f"{task}metrics.csv", {}), (f"{task}log/", {}),
+        (f"{task}log/?download=1", {}), (f"{task}stop/", {}), (f"{task}delete/", {}),
+        (model, {}), (f"{model}download/", {}), (f"{model}rename/", {}), (f"{model}delete/", {}),
+        (f"{model}try/", {}), (dataset, {}),
+    ]  # fmt: skip
+    for address, headers in reads:
+        assert page.request.get(studio.url + address, headers=headers).status == 200, f"alice: {address}"
+        assert bob.request.get(studio.url + address, headers=headers).status == 404, f"bob: {address}"
+    for address in [
+        *(f"{task}{verb}/" for verb in ("cancel", "stop", "retry", "duplicate", "delete")),
+        f"{model}rename/", f"{model}delete/", f"{model}try/", f"{model}try/stream/",
+    ]:  # fmt: skip
+        token = next(cookie["value"] for cookie in bob.context.cookies() if "csrf" in cookie["name"])
+        answer = bob.request.post(studio.url + address, headers={"X-CSRFToken": token})
+        assert answer.status == 404, f"bob: POST {address} gave {answer.status}"
+
+    assert socket_opens(page, task) and not socket_opens(bob, task)
+    for address in ("/tasks/", "/models/"):
+        bob.goto(studio.url + address)
+        expect(bob.get_by_text(re.compile("road", re.I))).to_have_count(0)
+
+
+def socket_opens(page: Page, task: str) -> bool:
+    opened: bool = page.evaluate(
+        """(path) => new Promise((resolve) => {
+            const socket = new WebSocket(`ws://${location.host}/ws${path}?after=0`);
+            socket.onopen = () => { resolve(true); socket.close(); };
+            socket.onerror = () => resolve(false);
+        })""",
+        task,
+    )
+    return opened
+
+
+def test_the_road_on_a_phone(studio: LiveStudio, alices: Page, open_page: OpenPage) -> None:
+    phone = open_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    walk.sign_in(phone, studio.url, "alice")
+    walk.start_draft(phone, studio.url)
+    walk.choose(phone, "tiny-llama")
+    walk.look(phone, "phone-step-1")
+    walk.go_on(phone, "Dataset & Evaluation")
+    walk.choose(phone, "Example: short and direct answers")
+    walk.hold_out(phone, 5)
+    walk.look(phone, "phone-step-2")
+    walk.go_on(phone, "Settings & Options")
+    walk.fill_settings(phone, name="On a phone", model_name="Phone-v1", **QUICK | {"epoch": 0.3})
+    walk.look(phone, "phone-step-3")
+    walk.go_on(phone, "Review and create the task")
+    walk.look(phone, "phone-step-4")
+    socket = walk.Socket(phone)
+    walk.create(phone)
+    walk.wait_for_end(phone, "Succeeded")
+    walk.wait_for_steps(phone, walk.total_steps(phone))
+    assert socket.train_steps(), "points came by socket"
+    walk.look(phone, "phone-task")
+    phone.get_by_role("link", name="Try it beside its base").click()
+    phone.get_by_label("Max tokens").fill("40")
+    base, tuned, _ = walk.ask_both(phone, "Hello")
+    assert base or tuned
+    walk.look(phone, "phone-try")
+    for address in ("/tasks/", "/models/", "/datasets/", "/account/"):
+        phone.goto(studio.url + address)
+        walk.look(phone, f"phone{address.replace('/', '-').rstrip('-')}")

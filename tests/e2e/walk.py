@@ -42,6 +42,10 @@ def look(page: Page, name: str) -> None:
 def picture(page: Page, name: str, *, whole: bool = True) -> None:
     if folder := os.environ.get("ROAD_PICTURES"):
         Path(folder).mkdir(parents=True, exist_ok=True)
+        for chart in page.locator("[data-chart-card]").all():  # they are drawn when they are seen
+            chart.scroll_into_view_if_needed()
+            page.wait_for_timeout(400)
+        page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=whole)
 
 
@@ -111,12 +115,17 @@ def add_folder(page: Page, folder: str) -> None:
     """Step 1, from a folder on the server."""
     page.get_by_label("Folder", exact=True).fill(folder)
     page.get_by_role("button", name="Add the folder").click()
-    expect(page.get_by_role("radio", name=re.compile(f"^{re.escape(folder)}"))).to_be_checked()
+    expect(page.get_by_role("radio", name=beginning(folder))).to_be_checked()
 
 
 def choose(page: Page, name: str) -> None:
     """Tick a model or a dataset by the beginning of its name."""
-    page.get_by_role("radio", name=re.compile(f"^{re.escape(name)}")).check()
+    page.get_by_role("radio", name=beginning(name)).check()
+
+
+def beginning(name: str) -> re.Pattern[str]:
+    """Playwright writes it between slashes, so those inside need a backslash."""
+    return re.compile("^" + re.escape(name).replace("/", r"\/"))
 
 
 def go_on(page: Page, heading: str) -> None:
@@ -152,6 +161,12 @@ def steps_drawn(page: Page) -> list[int]:
     return steps
 
 
+def steps_drawn_whole(page: Page) -> list[int]:
+    """The steps on the chart once it has as many as the status card counts."""
+    wait_for_steps(page, int(page.locator("[data-state=step]").inner_text().replace(",", "")))
+    return steps_drawn(page)
+
+
 def wait_for_steps(page: Page, number: int, *, seconds: float = 60) -> None:
     until(page, f"({LOSS}?.data?.[0].x.length ?? 0) >= {number}", seconds=seconds)
 
@@ -163,7 +178,7 @@ def wait_for_end(page: Page, label: str, *, seconds: float = 60) -> None:
 
 
 def total_steps(page: Page) -> int:
-    return int(page.locator("[data-state=total_steps]").inner_text())
+    return int(page.locator("[data-state=total_steps]").inner_text().replace(",", ""))
 
 
 # --- Try it --------------------------------------------------------------------------------------------

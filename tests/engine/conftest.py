@@ -68,21 +68,20 @@ class RunFolder:
 NewRun = Callable[..., RunFolder]
 
 
-@pytest.fixture
-def new_run(tmp_path: Path, tiny_model: Path) -> NewRun:
-    """`new_run("a", learning_rate=…)`: a run directory with its own small pairs and fast settings."""
+def run_maker(folder: Path, model: Path) -> NewRun:
+    """`make("a", learning_rate=…)`: a run directory in `folder` with its own small pairs and fast settings."""
 
     def make(name: str = "run", *, pairs: int = 16, eval_pairs: int = 4, **settings: Any) -> RunFolder:
-        path = tmp_path / name
+        path = folder / name
         path.mkdir()
-        train = build_tiny_pairs(tmp_path / f"train-{pairs}.jsonl", pairs)
-        held_out = build_tiny_pairs(tmp_path / f"eval-{eval_pairs}.jsonl", eval_pairs) if eval_pairs else ""
+        train = build_tiny_pairs(folder / f"train-{pairs}.jsonl", pairs)
+        held_out = build_tiny_pairs(folder / f"eval-{eval_pairs}.jsonl", eval_pairs) if eval_pairs else ""
         defaults: dict[str, Any] = {
             "run_id": name,
-            "model_path": str(tiny_model),
+            "model_path": str(model),
             "train_path": str(train),
             "eval_path": str(held_out),
-            "reference_cache_dir": str(tmp_path / "reference"),
+            "reference_cache_dir": str(folder / "reference"),
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "learning_rate": 2e-3,
@@ -92,3 +91,8 @@ def new_run(tmp_path: Path, tiny_model: Path) -> NewRun:
         return RunFolder(path, RunConfig(**(defaults | settings))).write()
 
     return make
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, tiny_model: Path) -> NewRun:
+    return run_maker(tmp_path, tiny_model)

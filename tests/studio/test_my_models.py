@@ -62,7 +62,7 @@ def test_the_list_shows_what_matters_and_only_ones_own(
     model: TrainedModel, alice_client: Client, mallory_client: Client
 ) -> None:
     page = alice_client.get(reverse("my_models:list")).content.decode()
-    for text in ("Brief answers v1", "org/tiny-base", "Example: brief", "50.0%", "87.5%", "18.7"):
+    for text in ("Brief answers v1", "org/tiny-base", "Example: brief", "87.5%", "18.7"):
         assert text in page, text
     assert "Brief answers v1" not in mallory_client.get(reverse("my_models:list")).content.decode()
 
@@ -103,7 +103,7 @@ def test_the_page_of_a_model_shows_results_settings_curves_and_lineage(
     response = alice_client.get(at("detail", model))
     page = response.content.decode()
     for text in (
-        "50.0%",
+        "0.6931",
         "87.5%",
         "better",
         "5e-5",

@@ -125,7 +125,7 @@ def test_the_card_begins_with_what_the_hub_reads(alice: Any, data_dir: Path) -> 
     assert {"dpo", "lora", "preference"} <= set(front["tags"])
     assert ModelCard(card).data.base_model == "org/tiny-base"
     for text in (
-        "| DPO accuracy | 50.0% | 87.5% |",
+        "| DPO accuracy | – | 87.5% |",
         "| `beta` | 0.1 |",
         "`" + "ef" * 32,
         "torch 2.13.0",

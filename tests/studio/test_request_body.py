@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.conf import settings
+from django.contrib.sessions.backends.db import SessionStore
 
 from studio import request_body
 from studio.request_body import FORM_OVERHEAD, SMALL_BODY, BodyLimit, SpoolingHandler
+from studio.request_body import signed_in as REAL_SIGNED_IN
 
 PIECE = b"x" * 256 * 1024
-COOKIE = (b"cookie", f"theme=dark; {settings.SESSION_COOKIE_NAME}=abc".encode())
+COOKIE = (b"cookie", f"theme=dark; {settings.SESSION_COOKIE_NAME}=of-alice".encode())
+MADE_UP = (b"cookie", f"{settings.SESSION_COOKIE_NAME}=made-up".encode())
 
 
 class Exchange:
@@ -64,6 +68,14 @@ def limit(settings: Any, data_dir: Any) -> int:
     return 20 * 1024 * 1024 + FORM_OVERHEAD
 
 
+@pytest.fixture(autouse=True)
+def sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def signed_in(session_key: str) -> bool:
+        return session_key == "of-alice"
+
+    monkeypatch.setattr(request_body, "signed_in", signed_in)
+
+
 @pytest.mark.parametrize("stated", [b"", b"10", b"-5", b"abc"])
 def test_a_body_over_the_limit_ends_with_413_whatever_its_length_claims(limit: int, stated: bytes) -> None:
     headers = [COOKIE, (b"content-length", stated)] if stated else [COOKIE]
@@ -84,7 +96,13 @@ def test_a_body_within_the_limit_arrives_whole(limit: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "path"), [([], "/datasets/new/"), ([COOKIE], "/datasets/"), ([COOKIE], "/tasks/new/")]
+    ("headers", "path"),
+    [
+        ([], "/datasets/new/"),
+        ([MADE_UP], "/datasets/new/"),
+        ([COOKIE], "/datasets/"),
+        ([COOKIE], "/tasks/new/"),
+    ],
 )
 def test_only_the_upload_page_of_somebody_signed_in_takes_large_bodies(
     headers: list[tuple[bytes, bytes]], path: str
@@ -132,3 +150,13 @@ def test_bodies_are_spooled_in_the_upload_folder(settings: Any, tmp_path: Any) -
     again = Exchange(iter([PIECE]), [], "/")
     with asyncio.run(SpoolingHandler().read_body(again.receive)) as body:
         assert body.read() == PIECE
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_session_counts_when_somebody_is_signed_in_with_it(alice_client: Any) -> None:
+    """Not replaced here: the cookie is looked up, and one that anybody could write is worth nothing."""
+    nobody = SessionStore()
+    nobody["theme"] = "dark"
+    nobody.create()
+    keys = [alice_client.session.session_key, nobody.session_key, "0" * 32, ""]
+    assert [async_to_sync(REAL_SIGNED_IN)(str(key)) for key in keys] == [True, False, False, False]

@@ -55,11 +55,17 @@ def test_two_ports_have_two_cookies(tmp_path: Path) -> None:
         ({}, "memory://", "channels.layers.InMemoryChannelLayer"),
         ({"STUDIO_BROKER_SOCKET": "/run/b.sock"}, "redis+socket:///run/b.sock", "channels_redis.pubsub"),
         ({"STUDIO_REDIS_URL": "redis://h/0"}, "redis://h/0", "channels_redis.pubsub"),
-        ({"STUDIO_REDIS_URL": "redis://h/0", "STUDIO_BROKER_SOCKET": "/b"}, "redis://h/0", "channels_redis.pubsub"),
+        (
+            {"STUDIO_REDIS_URL": "redis://h/0", "STUDIO_BROKER_SOCKET": "/b"},
+            "redis://h/0",
+            "channels_redis.pubsub",
+        ),
         ({"STUDIO_REDIS_URL": "none", "STUDIO_BROKER_SOCKET": "/b"}, "memory://", "channels.layers.InMemory"),
     ],
 )
-def test_the_broker_follows_from_two_settings(tmp_path: Path, extra: dict[str, str], broker: str, layer: str) -> None:
+def test_the_broker_follows_from_two_settings(
+    tmp_path: Path, extra: dict[str, str], broker: str, layer: str
+) -> None:
     found = read(tmp_path, "CELERY_BROKER_URL", "CHANNEL_LAYERS", **extra)
     assert found["CELERY_BROKER_URL"] == broker
     assert found["CHANNEL_LAYERS"]["default"]["BACKEND"].startswith(layer)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.contract import Metric
+from training.contract import KL_PAIRS, Metric
 from training.monitor.charts import CHARTS, chart_by_id, figure, payload
 from training.monitor.progress import duration_words, phase_marks, phase_words, seconds_per_step
 from training.monitor.series import Series, curves_from, smoothed, sparkline, thin
@@ -163,3 +163,8 @@ def test_evaluating_is_shown_within_training() -> None:
         "training": "now", "saving": "ahead",
     }  # fmt: skip
     assert {mark.state for mark in phase_marks("saving", finished=True)} == {"done"}
+
+
+def test_the_caption_says_on_how_many_pairs_the_exact_divergence_is_measured() -> None:
+    chart = chart_by_id("kl")
+    assert chart is not None and f"first {KL_PAIRS} validation pairs" in chart.caption

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.db import IntegrityError
 
 from datasets_app import leases
 from tests.training.hub_server import SHA, hub
@@ -17,7 +18,7 @@ from training.worker import downloads
 from training.worker.hub_fetch import choose
 
 Status = BaseModel.Status
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.slow]
 
 
 @pytest.fixture
@@ -140,6 +141,7 @@ def test_a_fenced_download_changes_nothing(
     with hub(remote) as asked:
         row = run(row, monkeypatch, asked[0])
     assert (row.status, row.lease_epoch, row.path) == (Status.DOWNLOADING, 99, "")
+    assert not (data_dir / "base_models" / str(row.pk)).exists(), "what it had fetched is not put into place"
 
 
 def test_a_download_that_keeps_breaking_off_is_given_up(data_dir: Path, alice: Any) -> None:
@@ -166,3 +168,36 @@ def test_the_token_is_passed_by_environment_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("DATABASE_URL", "postgres://secret")
     env = downloads._environment()
     assert env["HF_TOKEN"] == "hf_secret" and "DATABASE_URL" not in env
+
+
+def test_downloads_never_take_every_place_of_the_workers_that_prepare_data(
+    data_dir: Path, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of 60 GB takes hours; an upload must not wait for it, however many models are asked for."""
+    under_way, second = asked_for(alice, "team/large"), asked_for(alice, "team/other")
+    rows = BaseModel.objects.filter(status=Status.QUEUED)
+    leases.claim(rows, under_way.pk, owner="elsewhere", ttl=downloads.TTL, status=Status.DOWNLOADING)
+    monkeypatch.setattr(downloads, "_run", lambda row, epoch: pytest.fail("two at a time"))
+    assert not downloads.download(second.pk)
+    second.refresh_from_db()
+    assert (second.status, second.attempts, second.lease_until) == (Status.QUEUED, 0, None)
+
+
+def test_a_download_whose_worker_is_gone_holds_nobody_up(
+    data_dir: Path, alice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, second = asked_for(alice, "team/lost"), asked_for(alice, "team/other")
+    rows = BaseModel.objects.filter(status=Status.QUEUED)
+    leases.claim(rows, lost.pk, owner="gone", ttl=-downloads.TTL, status=Status.DOWNLOADING)
+    folder = Path(data_dir)
+    monkeypatch.setattr(downloads, "_run", lambda row, epoch: ({}, folder, SHA))
+    assert downloads.download(second.pk)
+
+
+@pytest.mark.parametrize("source", [BaseModel.Source.HUB, BaseModel.Source.FOLDER])
+def test_two_clicks_at_once_make_one_row(alice: Any, source: str) -> None:
+    """Else the second row would make every later look-up of this model an error."""
+    same = {"owner": alice, "source": source, "name": "team/tiny", "path": "/models/tiny"}
+    BaseModel.objects.create(**same)
+    with pytest.raises(IntegrityError):
+        BaseModel.objects.create(**same)

@@ -78,6 +78,14 @@ def test_long_steps_are_not_taken_for_a_hang() -> None:
     assert not watch.stalled(last + 2999) and watch.stalled(last + 3001), "ten median steps"
 
 
+def test_the_second_step_of_a_slow_run_is_given_as_long_as_its_first_took() -> None:
+    """A large model on a CPU: one step is longer than the floor, and nothing is wrong with it."""
+    watch = ProgressWatch(Times(), now=0.0)
+    watch.event(100.0, is_step=False)  # "training, step 0"
+    watch.event(1000.0, is_step=True)
+    assert not watch.stalled(1000.0 + 8999) and watch.stalled(1000.0 + 9001)
+
+
 def test_short_steps_are_given_ten_minutes_and_frozen_time_is_none() -> None:
     watch = ProgressWatch(Times(), now=0.0)
     for step in range(10):

@@ -17,6 +17,7 @@ from django.urls import reverse
 from tests.training.monitor_rows import add_events, add_log, add_point, add_points, make_model, make_task
 from training.models import TrainingTask
 from training.monitor.feed import frame_after
+from training.monitor.views.pages import PARTS
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 NAMES = ("detail", "points", "csv", "log", "stop", "delete")
@@ -45,7 +46,7 @@ def test_a_stranger_gets_404(alice: Any, mallory_client: Client, name: str) -> N
     assert get(mallory_client, make_task(alice), name).status_code == 404
 
 
-@pytest.mark.parametrize("target", ["task-status", "task-reading", "task-history"])
+@pytest.mark.parametrize("target", PARTS)
 def test_a_stranger_gets_404_for_a_partial(alice: Any, mallory_client: Client, target: str) -> None:
     response = get(mallory_client, make_task(alice), HTTP_HX_REQUEST="true", HTTP_HX_TARGET=target)
     assert response.status_code == 404
@@ -159,13 +160,23 @@ def test_without_javascript_the_latest_values_and_the_csv_are_there(alice: Any, 
     assert "<noscript>" in text
 
 
-@pytest.mark.parametrize("target", ["task-status", "task-reading", "task-history"])
+@pytest.mark.parametrize("target", PARTS)
 def test_a_partial_is_the_part_alone_with_its_own_id(alice: Any, alice_client: Client, target: str) -> None:
     task = make_task(alice)
     add_events(task, "Loading model.")
     text = text_of(alice_client, task, HTTP_HX_REQUEST="true", HTTP_HX_TARGET=target)
     assert re.findall(r'<section id="([\w-]+)"', text) == [target]
     assert "<html" not in text
+
+
+def test_the_ways_to_end_a_task_follow_its_status(alice: Any, alice_client: Client) -> None:
+    task = make_task(alice, status="queued")
+    ask = {"HTTP_HX_REQUEST": "true", "HTTP_HX_TARGET": "task-ending"}
+    assert "Stop and keep the model" not in text_of(alice_client, task, **ask)
+    TrainingTask.objects.filter(pk=task.pk).update(status="running")
+    assert "Stop and keep the model" in text_of(alice_client, task, **ask)
+    TrainingTask.objects.filter(pk=task.pk).update(status="succeeded")
+    assert "already finished" in text_of(alice_client, task, **ask)
 
 
 def test_the_reading_follows_the_curves(alice: Any, alice_client: Client) -> None:
@@ -289,3 +300,13 @@ def test_the_whole_log_can_be_downloaded_and_no_path_is_taken_from_the_address(
 def test_a_task_without_a_log_has_an_empty_one(alice: Any, alice_client: Client) -> None:
     response = get(alice_client, make_task(alice), "log", "?download=1")
     assert (response.status_code, response.content) == (200, b"")
+
+
+def test_the_settings_are_those_of_the_run_and_not_only_those_chosen(
+    alice: Any, alice_client: Client
+) -> None:
+    """After running out of memory a batch is smaller than what was chosen."""
+    run = {"config": {"per_device_train_batch_size": 7, "run_id": "x", "target_modules": []}}
+    task = make_task(alice, parameters={"per_device_train_batch_size": 14}, plan=run)
+    text = re.sub(r"\s+", " ", text_of(alice_client, task))
+    assert re.search(r"batch_size</(?:code></)?dt> ?<dd[^>]*>7\b", text)

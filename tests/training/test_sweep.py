@@ -16,9 +16,13 @@ from django.utils import timezone
 
 from tests.training.making import make_task
 from training.models import Run, TrainingTask, WorkerHost
+from training.worker import probe
 from training.worker import sweep as sweeping
 from training.worker.machine import Identity, boot_id
+from training.worker.prepare import REFERENCE_CACHE
+from training.worker.probe import Gpu
 from training.worker.sweep import clean_up, release_expired, release_local, ring_waiting, work_is_left
+from training.worker.sweeper import Sweeper
 from training.worker.timing import Times
 
 TIMES = Times()
@@ -182,3 +186,26 @@ def test_old_folders_of_deleted_tasks_and_the_trash_are_removed(alice: Any, sett
         os.utime(runs / name, (time.time() - 7200,) * 2)
     clean_up()
     assert sorted(path.name for path in runs.iterdir()) == sorted([str(task.pk), "something of a person"])
+
+
+def test_what_a_reference_said_is_forgotten_when_no_run_has_read_it_for_long(settings: Any) -> None:
+    folder = Path(settings.DATA_DIR) / REFERENCE_CACHE / "a reference"
+    folder.mkdir(parents=True)
+    for name, days in (("old.safetensors", 31), (".half.tmp", 31), ("read.safetensors", 29)):
+        (folder / name).write_bytes(b"x")
+        os.utime(folder / name, (time.time() - days * 86_400,) * 2)
+    clean_up()
+    assert [path.name for path in folder.iterdir()] == ["read.safetensors"]
+
+
+@pytest.mark.django_db
+def test_a_gpu_that_nvidia_smi_forgets_for_a_moment_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next run would be given the CPU, and take days."""
+    sweeper = Sweeper(queues={"gpu"}, slots=1)
+    card: Gpu = {"uuid": "GPU-1", "name": "Card", "memory_bytes": 1}
+    for answer in ([card], []):
+        monkeypatch.setattr(probe, "gpus", lambda answer=answer: answer)
+        sweeper._probed = float("-inf")
+        sweeper._probe_if_due()
+        sweeper._say_present()
+        assert WorkerHost.objects.get(queue="gpu").gpus == [card]

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,3 +122,10 @@ def test_what_could_harm_the_page_or_the_disk_is_no_event() -> None:
         assert parse(json.dumps(event).encode()) is None
     assert parse(b'{"type": "log", "level": "info", "text": "' + b"x" * MAX_LINE + b'"}') is None
     assert parse(b"[" * 100_000) is None
+
+
+@pytest.mark.parametrize("time", [None, "now", True, [1]])
+def test_a_sentence_without_a_time_is_no_event(time: Any) -> None:
+    said = {"type": "log", "time": 1.0, "level": "info", "text": "hello"}
+    assert parse(json.dumps(said).encode()) is not None
+    assert parse(json.dumps(said | {"time": time}).encode()) is None

@@ -99,10 +99,12 @@ def test_a_retry_is_a_fresh_queued_attempt(status: str, alice: Any) -> None:
         error="It broke.",
         log_tail="…",
         lease_epoch=4,
+        started_at=timezone.now() - timedelta(days=3),
     )
     assert "from the start" in task_retry(task, by="alice").text
     task.refresh_from_db()
     assert (task.status, task.desired_state, task.attempts, task.error) == ("queued", "run", 0, "")
+    assert task.started_at is None, "the days in between are no duration"
     assert task.lease_epoch == 4, "the next attempt gets a directory of its own"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from tests.training.making import make_base_model, make_dataset, make_task
+from training.contract import ExitCode
 from training.models import BaseModel, Run, TrainingTask, WorkerHost
 from training.worker.leases import Lease, claim_next, free_slots, renew
 from training.worker.machine import Identity
+from training.worker.prepare import memory_retries
 from training.worker.timing import Times
 
 ME = Identity("here", "boot", os.getpid(), 1.0)
@@ -157,3 +159,18 @@ def test_eight_processes_win_each_task_exactly_once(tmp_path: Path, django_db_bl
         for worker in workers:
             worker.join(timeout=30)
     assert sorted(won) == sorted((task_id, 1) for task_id in made)
+
+
+def test_an_attempt_begins_by_the_clock_of_the_database(alice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose clock is an hour behind must not seem to have run before the task was queued.
+
+    `memory_retries` counts attempts since then: with its own clock the batch would never be halved.
+    """
+    monkeypatch.setattr(timezone, "now", lambda: datetime.now(UTC) - timedelta(hours=1))
+    task = make_task(alice, queued_at=Now())
+    assert claim_next(who=ME, times=TIMES) is not None
+    run = task.runs.get()
+    task.refresh_from_db()
+    assert run.started >= task.queued_at
+    task.runs.update(exit_code=ExitCode.OUT_OF_MEMORY)
+    assert memory_retries(task) == 1

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from training.contract import KL_PAIRS
 from training.engine.data import TokenizedPair, length_sorted_batches
 from training.engine.logps import exact_kl, token_logps
 from training.engine.metrics import Window, as_evaluation
@@ -13,8 +14,6 @@ from training.engine.objective import Objective, PairLogps, mean_chosen_tokens
 from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps, token_budget
 
-# The exact divergence needs a second pass and the whole vocabulary: the first 64 pairs stand for all.
-KL_PAIRS = 64
 KEEP_BYTES = 256 * 2**20  # hidden states of the reference, kept from one evaluation to the next
 
 

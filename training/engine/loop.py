@@ -155,6 +155,7 @@ class Loop:
                 window.add(losses, logps)
                 window.add_sampled_kl(logps)
                 num_tokens += sum(pair.num_tokens for pair in pairs)
+                self._say_progress()  # a step may take an hour: whoever watches must not take it for a hang
         limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
         norm = float(self.accelerator.clip_grad_norm_(self.trainable.values(), limit))
         values = window.values()

@@ -75,20 +75,24 @@ class ReferenceLogps:
             try:
                 if file_sha256(path) != path.stem:
                     raise ValueError("the bytes do not match the name")
-                self._take(path, missing)
+                if self._take(path, missing):
+                    os.utime(path)  # the studio forgets what no run has read for a month
             except (OSError, ValueError, KeyError) as error:
                 logger.warning("reference shard %s is removed: %s", path.name, error)
                 path.unlink(missing_ok=True)
 
-    def _take(self, path: Path, missing: dict[bytes, int]) -> None:
+    def _take(self, path: Path, missing: dict[bytes, int]) -> bool:
+        """Whether the shard had anything of what is missing."""
         from safetensors.numpy import load_file
 
         shard = load_file(path)
         ends = np.cumsum(shard["lengths"])
+        before = len(self._records)
         for row, end, length in zip(shard["keys"], ends, shard["lengths"], strict=True):
             key = row.tobytes()
             if missing.get(key) == length:
                 self._records[key] = shard["logps"][end - length : end].copy()
+        return len(self._records) > before
 
     def flush(self) -> None:
         """Write what is new as one shard: beside, to disk, then under its name."""

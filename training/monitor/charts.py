@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from training.contract import KL_PAIRS
 from training.monitor.series import Series, thin
 
 LN2 = math.log(2)
@@ -94,7 +95,8 @@ CHARTS: tuple[Chart, ...] = (
         id="kl",
         title="KL divergence",
         caption="How far the model has moved from the reference, in nats per token of the answers. "
-        "The validation line is exact, over the whole vocabulary; the training line is an estimate "
+        f"The validation line is exact, over the whole vocabulary, on the first {KL_PAIRS} validation pairs; "
+        "the training line is an estimate "
         "on training tokens.",
         good="Grows slowly and stays small. A sharp climb means that the model leaves what it knew: "
         "raise beta.",

@@ -121,8 +121,12 @@ def outcome_of(task: TrainingTask) -> Outcome | None:
 
 
 def settings_of(task: TrainingTask) -> list[tuple[str, str, bool]]:
-    """(label as in the wizard, value, whether the person changed it)."""
-    values = resolve(task.parameters)
+    """(label as in the wizard, value, whether it differs from the default), as the newest attempt has them.
+
+    They may differ from what was chosen: half the batch after running out of memory, the rank of an adapter
+    that is trained on.
+    """
+    values = resolve({**task.parameters, **task.plan.get("config", {})})
     return [
         (
             parameter.label,

@@ -47,6 +47,7 @@ class ModelProblem(ValueError):
 # --- the catalogue ------------------------------------------------------------------------------------
 def catalogue_ensure() -> int:
     """One row per catalogue model, statuses as the disk has it; how many models are ready. Safe to repeat."""
+    _follow_moved_data()
     ready = 0
     for model in CATALOGUE:
         row, _created = BaseModel.objects.get_or_create(
@@ -58,6 +59,14 @@ def catalogue_ensure() -> int:
         _refresh(row, model)
         ready += row.status == Status.READY
     return ready
+
+
+def _follow_moved_data() -> None:
+    """A data folder may be moved, or restored elsewhere: what was downloaded lies below it under its row's id."""
+    for row in BaseModel.objects.filter(source__in=[Source.CATALOGUE, Source.HUB]):
+        folder = download_folder(row.pk)
+        if row.path != str(folder) and (folder / "config.json").is_file():
+            BaseModel.objects.filter(pk=row.pk).update(path=str(folder))
 
 
 def _refresh(row: BaseModel, model: CatalogueModel) -> None:
@@ -88,6 +97,10 @@ def _refresh(row: BaseModel, model: CatalogueModel) -> None:
 def _known(read: dict[str, Any]) -> dict[str, Any]:
     """What a folder says of itself, without the blanks that the catalogue knows better."""
     return {key: value for key, value in read.items() if value or isinstance(value, bool)}
+
+
+def download_folder(pk: uuid.UUID) -> Path:
+    return Path(settings.BASE_MODELS_DIR) / str(pk)
 
 
 def starter_folder() -> Path:

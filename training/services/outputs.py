@@ -42,7 +42,7 @@ def trained_model_create(task: TrainingTask, *, epoch: int, run_dir: Path, resul
     Raises `UnusableAdapter`, or `states.Fenced` when the task is no longer running under this epoch.
     """
     model_id = _model_id(task.pk, run_dir)
-    folder = Path(settings.MODELS_DIR) / str(model_id)
+    folder = _folder_of(model_id)
     if not folder.exists():
         _check(run_dir / ADAPTER_DIR, result)
         _move(run_dir / ADAPTER_DIR, folder)
@@ -74,19 +74,28 @@ def unentered_result(task: TrainingTask) -> tuple[Path, Result] | None:
             continue
         if result["status"] == "stopped" and task.queued_at and run.started < task.queued_at:
             continue  # the person has since asked to go on
-        folder = Path(settings.MODELS_DIR) / str(_model_id(task.pk, run.folder))
-        if folder.exists() or (run.folder / ADAPTER_DIR).exists():
+        if _folder_of(_model_id(task.pk, run.folder)).exists() or _is_usable(
+            run.folder / ADAPTER_DIR, result
+        ):
             return run.folder, result
     return None
 
 
 def outputs_forget(task: TrainingTask) -> None:
     """Remove adapters of this task that were moved but never became a model (it was cancelled just then)."""
-    for run in task.runs.exclude(reason=KEPT):
-        model_id = _model_id(task.pk, run.folder)
-        folder = Path(settings.MODELS_DIR) / str(model_id)
-        if folder.exists() and not TrainedModel.objects.filter(pk=model_id).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    remove_folders(unclaimed_folders(task))
+
+
+def unclaimed_folders(task: TrainingTask) -> list[Path]:
+    """Where an adapter of this task may lie in the models' folder without a row that shows it."""
+    ids = {_model_id(task.pk, run.folder) for run in task.runs.exclude(reason=KEPT)}
+    ids -= set(TrainedModel.objects.filter(pk__in=ids).values_list("pk", flat=True))
+    return [_folder_of(model_id) for model_id in ids]
+
+
+def remove_folders(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_result(run_dir: Path) -> Result | None:
@@ -104,6 +113,20 @@ def _attempt(run_dir: Path) -> int:
 
 def _model_id(task_id: uuid.UUID, run_dir: Path) -> uuid.UUID:
     return uuid.uuid5(task_id, run_dir.name)
+
+
+def _folder_of(model_id: uuid.UUID) -> Path:
+    return Path(settings.MODELS_DIR) / str(model_id)
+
+
+def _is_usable(adapter: Path, result: Result) -> bool:
+    """A result that says "succeeded" over a torn adapter must not end every later attempt too."""
+    try:
+        _check(adapter, result)
+    except UnusableAdapter as problem:
+        logger.warning("%s is passed over: %s", adapter, problem)
+        return False
+    return True
 
 
 def _check(adapter: Path, result: Result) -> None:
@@ -138,8 +161,8 @@ def _fields(task: TrainingTask, result: Result, size: int) -> dict[str, Any]:
         "base_model_name": base.name if base else str(task.plan.get("base_model_name", "")),
         "parent": parent,
         "parent_name": parent.name if parent else "",
-        "dataset_name": dataset.name if dataset else "",
-        "dataset_sha256": dataset.sha256 if dataset else "",
+        "dataset_name": dataset.name if dataset else str(task.plan.get("dataset_name", "")),
+        "dataset_sha256": dataset.sha256 if dataset else str(task.plan.get("dataset_sha256", "")),
         "parameters": result.get("config") or task.plan.get("config", {}),
         "result": {key: value for key, value in result.items() if key != "config"},
         "size_bytes": size,

@@ -19,6 +19,7 @@ from training import states
 from training.models import TrainingTask
 from training.services.drafts import draft_from_task
 from training.services.history import event_add
+from training.services.outputs import remove_folders, unclaimed_folders
 from training.services.queue import queue_position, ring_on_commit, waiting_reason
 
 __all__ = [
@@ -95,6 +96,7 @@ def task_retry(task: TrainingTask, *, by: Any) -> Answer:
         desired_state=Desired.RUN,
         attempts=0,
         rung_at=None,
+        started_at=None,
         error="",
         next_step="",
         log_tail="",
@@ -128,9 +130,11 @@ def task_delete(task: TrainingTask, *, by: Any) -> Answer:
             return Answer(True, "The task was already deleted.")
         if row.status not in DELETABLE:
             return Answer(False, "The task has not ended. Cancel it first, then delete it.")
+        unclaimed = unclaimed_folders(row)
         row.delete()
     # After the row: a crash between leaves a folder that the workers' sweep removes.
     remove_folder(task.folder)
+    remove_folders(unclaimed)
     logger.info("Task %s was deleted by %s", task.pk, by)
     return Answer(True, "The task was deleted.")
 

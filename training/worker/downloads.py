@@ -23,11 +23,12 @@ from typing import Any
 
 from celery import shared_task
 from django.conf import settings
+from django.db import transaction
 
 from datasets_app import leases
 from training.model_folder import FolderProblem, read_folder
 from training.models import BaseModel
-from training.services.base_models import offline_sentence, own_roots
+from training.services.base_models import download_folder, offline_sentence, own_roots
 from training.worker.engine_process import PASSED_ON
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ TTL = timedelta(seconds=30)
 TICK_SECONDS = 1.0
 SILENT_LIMIT_SECONDS = 300.0  # no new byte for so long: the connection hangs
 MAX_ATTEMPTS = 3
+AT_ONCE = 1  # fewer than a worker of the queue has places, so that there is always one for an upload
 DISK_RESERVE = 1024**3  # left for the database and the checkpoints of other runs
 HUB_ENV = (
     "HF_ENDPOINT",
@@ -61,8 +63,7 @@ def models_download(row_id: str) -> None:
 
 def download(row_id: uuid.UUID) -> bool:
     """True when this call ended with a model on disk."""
-    waiting = BaseModel.objects.filter(status__in=[Status.QUEUED, Status.DOWNLOADING])
-    epoch = leases.claim(waiting, row_id, owner=f"download:{os.getpid()}", ttl=TTL, status=Status.DOWNLOADING)
+    epoch = _claim(row_id)
     if epoch is None:
         return False
     row = BaseModel.objects.get(pk=row_id)
@@ -84,6 +85,16 @@ def download(row_id: uuid.UUID) -> bool:
     return done
 
 
+@transaction.atomic
+def _claim(row_id: uuid.UUID) -> int | None:
+    """None: somebody has it, or as many as may are under way already; the sweep rings again for those that wait."""
+    under_way = BaseModel.objects.filter(status=Status.DOWNLOADING).exclude(leases.lease_is_free())
+    if under_way.count() >= AT_ONCE:
+        return None
+    waiting = BaseModel.objects.filter(status__in=[Status.QUEUED, Status.DOWNLOADING])
+    return leases.claim(waiting, row_id, owner=f"download:{os.getpid()}", ttl=TTL, status=Status.DOWNLOADING)
+
+
 class Fenced(Exception):
     """Another worker has the download, or the row is gone: stop at once and write nothing."""
 
@@ -97,7 +108,7 @@ def _fail(row: BaseModel, epoch: int, sentence: str) -> bool:
 def _run(row: BaseModel, epoch: int) -> tuple[dict[str, Any], Path, str]:
     if settings.HUB_OFFLINE:
         raise Stopped(offline_sentence(row.name))
-    folder = Path(settings.BASE_MODELS_DIR) / str(row.pk)
+    folder = download_folder(row.pk)
     partial = folder.with_name(f"{row.pk}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from training.models import Run, TrainingTask
 from training.services.history import Level, event_add
 from training.states import Fenced
 from training.worker.endings import LOG_ADVICE, Ending, Then
-from training.worker.leases import MAX_ATTEMPTS, Lease, owned
+from training.worker.leases import MAX_ATTEMPTS, Lease, hold, owned
 
 Status = TrainingTask.Status
 
@@ -25,9 +25,7 @@ def is_cancelling(lease: Lease) -> bool:
 @transaction.atomic
 def write_end(lease: Lease, ending: Ending, *, exit_code: int | None, log: str) -> None:
     """The end of this attempt: the task failed, was cancelled, or waits for the next one. Raises `Fenced`."""
-    task = TrainingTask.objects.select_for_update().filter(owned(lease)).first()
-    if task is None:
-        raise Fenced(f"Task {lease.task_id}: attempt {lease.epoch} ended after its lease was lost.")
+    task = hold(lease)
     if task.status == Status.CANCELLING:  # whatever else happened: it is what the person wanted
         step = f" at step {task.step}" if task.step else ""
         _move(lease, Status.CANCELLED, f"Cancelled{step}.", level="info", from_=Status.CANCELLING)
@@ -73,8 +71,9 @@ def _move(
 
 def prune_checkpoints(task: TrainingTask) -> None:
     """After success nobody continues from them; a stopped task keeps its newest, to be continued one day."""
-    stopped = TrainingTask.objects.filter(pk=task.pk, status=Status.STOPPED).exists()
+    # Not "is it stopped?": a person may have pressed Retry since.
+    succeeded = TrainingTask.objects.filter(pk=task.pk, status=Status.SUCCEEDED).exists()
     rows = list(task.checkpoints.order_by("-step", "-epoch"))
-    for row in rows[1 if stopped else 0 :]:
+    for row in rows[0 if succeeded else 1 :]:
         shutil.rmtree(row.folder, ignore_errors=True)
         row.delete()

@@ -104,6 +104,7 @@ def _open_run(task_id: uuid.UUID, epoch: int, *, who: Identity, device: str) -> 
         pid=who.pid,
         pid_created=who.pid_created,
         device=device,
+        started=Now(),
     )
 
 
@@ -114,6 +115,14 @@ def close_runs(task_id: uuid.UUID, *, before: int, reason: str) -> None:
 def owned(lease: Lease) -> Q:
     """The condition of every write of an owner."""
     return Q(pk=lease.task_id, lease_epoch=lease.epoch, lease_owner=lease.owner, status__in=states.LIVE)
+
+
+def hold(lease: Lease) -> TrainingTask:
+    """The task's row, locked to the end of the transaction: what every write of an owner begins with."""
+    task = TrainingTask.objects.select_for_update().filter(owned(lease)).first()
+    if task is None:
+        raise states.Fenced(f"Task {lease.task_id}: attempt {lease.epoch} is no longer its owner.")
+    return task
 
 
 def renew(lease: Lease, times: Times) -> bool:

@@ -33,6 +33,7 @@ from training.models import Checkpoint, Run, TrainingTask
 logger = logging.getLogger(__name__)
 
 DATA_DIR = "data"  # below the task's folder
+REFERENCE_CACHE = "reference_cache"  # below the studio's data folder: runs on the same pairs share it
 TRAIN_FILE, EVAL_FILE, COUNTS_FILE = "train.jsonl", "eval.jsonl", "counts.json"
 
 
@@ -78,7 +79,7 @@ def prepare(task: TrainingTask, run: Run) -> Prepared:
             adapter_path=str(task.parent_model.folder) if task.parent_model else "",
             train_path=str(data / TRAIN_FILE),
             eval_path=str(data / EVAL_FILE) if num_eval else "",
-            reference_cache_dir=str(Path(settings.DATA_DIR) / "reference_cache"),
+            reference_cache_dir=str(Path(settings.DATA_DIR) / REFERENCE_CACHE),
             resume_from=str(checkpoint.folder) if checkpoint else "",
             eval_steps=every,
             device="auto" if run.device == "cpu" else "cuda",
@@ -139,6 +140,12 @@ def _parameters(task: TrainingTask, notes: list[str]) -> dict[str, Any]:
         name, sentence = next(iter(problems.items()))
         raise NotRunnable(f"{name}: {sentence}", "Duplicate the task and correct this setting.")
     values = recipes.resolve(task.parameters)
+    if task.parent_model is not None:
+        values, overridden = recipes.continuing(task.parameters, task.parent_model.parameters)
+        if overridden:
+            notes.append(
+                f"The adapter of “{task.parent_model.name}” is trained on as it is: {', '.join(overridden)}."
+            )
     for _ in range(memory_retries(task)):
         before = values["per_device_train_batch_size"]
         batch, accumulation = smaller_batch(before, values["gradient_accumulation_steps"])

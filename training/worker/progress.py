@@ -20,11 +20,11 @@ class ProgressWatch:
         self._gaps: deque[float] = deque(maxlen=50)
 
     def event(self, now: float, *, is_step: bool) -> None:
-        self._last = now
         if is_step:
-            if self._last_step is not None:
-                self._gaps.append(now - self._last_step)
+            # The first step is measured from what was said before it: that the training begins.
+            self._gaps.append(now - (self._last if self._last_step is None else self._last_step))
             self._last_step = now
+        self._last = now
 
     def pause(self, now: float) -> None:
         """Frozen time counts for nothing."""

@@ -14,8 +14,7 @@ from typing import Any
 from django.db import transaction
 
 from training.models import Checkpoint, MetricPoint, Run, TaskEvent, TrainingTask
-from training.states import Fenced
-from training.worker.leases import Lease, owned
+from training.worker.leases import Lease, hold
 from training.worker.tail import Line, TailReader
 
 logger = logging.getLogger(__name__)
@@ -27,9 +26,7 @@ def publish(lease: Lease, lines: list[Line], *, offset: int, epoch: int | None =
     own = source == lease.epoch
     events = [(line.offset, line.event) for line in lines if line.event is not None]
     with transaction.atomic():
-        task = TrainingTask.objects.select_for_update().filter(owned(lease)).first()
-        if task is None:
-            raise Fenced(f"Task {lease.task_id}: attempt {lease.epoch} is no longer the owner.")
+        task = hold(lease)
         seq = _points(task, events, seq=task.last_seq)
         seq = _sentences(task, events, seq=seq, source=source)
         changes = _standing(task, [event for _, event in events]) if own else {}

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from django.db import InterfaceError, OperationalError, close_old_connections, transaction
 
@@ -32,7 +32,7 @@ from training.worker.endings import Asked, Circumstances, Ending, Then, judge
 from training.worker.engine_process import EngineProcess, log_tail
 from training.worker.finish import is_cancelling, prune_checkpoints, write_end
 from training.worker.keeper import LeaseKeeper
-from training.worker.leases import Lease, claim_next
+from training.worker.leases import Lease, claim_next, hold
 from training.worker.orders import Orders
 from training.worker.prepare import NotRunnable, Prepared, memory_retries, prepare
 from training.worker.progress import ProgressWatch
@@ -155,14 +155,21 @@ class Supervisor:
                 engine_created=engine.created,
                 resumed_from_step=prepared.resumed_from,
             )
-            plan = {**self.task.plan, "config": prepared.config_json, "base_model_name": prepared.base_name}
-            TrainingTask.objects.filter(pk=self.task.pk, lease_epoch=self.lease.epoch).update(plan=plan)
+            plan = {**hold(self.lease).plan, **self._inputs(prepared)}
+            TrainingTask.objects.filter(pk=self.task.pk).update(plan=plan)
             event_add(
                 self.task.pk, f"{number} started {where} on {self.attempt.host} ({device}).", source="worker"
             )
 
         self._persist(write)
         return engine
+
+    def _inputs(self, prepared: Prepared) -> dict[str, Any]:
+        """What the model's page must still know when the rows behind it were deleted before a later attempt."""
+        inputs = {"config": prepared.config_json, "base_model_name": prepared.base_name}
+        if (dataset := self.task.dataset) is not None:
+            inputs |= {"dataset_name": dataset.name, "dataset_sha256": dataset.sha256}
+        return inputs
 
     # --- while it runs ----------------------------------------------------------------------------
 
@@ -210,7 +217,12 @@ class Supervisor:
                 time.sleep(DATABASE_PAUSE)
 
     def _tell(self, text: str, *, level: Level = "info") -> None:
-        self._persist(lambda: event_add(self.task.pk, text, source="worker", level=level))
+        @transaction.atomic
+        def write() -> None:
+            hold(self.lease)
+            event_add(self.task.pk, text, source="worker", level=level)
+
+        self._persist(write)
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -31,12 +31,14 @@ from training.worker.engine_process import log_tail
 from training.worker.finish import fail
 from training.worker.leases import MAX_ATTEMPTS, free_slots
 from training.worker.machine import Identity, process_alive
+from training.worker.prepare import REFERENCE_CACHE
 from training.worker.timing import Times
 
 logger = logging.getLogger(__name__)
 
 Status = TrainingTask.Status
 ORPHAN_SECONDS = 3600.0
+REFERENCE_SECONDS = 30 * 86_400.0
 
 
 def sweep(*, who: Identity, limits: Times, serves_gpu: bool) -> None:
@@ -131,7 +133,8 @@ def work_is_left(who: Identity) -> bool:
 
 
 def clean_up() -> None:
-    """What crashes left on disk: the trash, and run folders whose task was deleted."""
+    """What crashes left on disk: the trash, and run folders whose task was deleted; and a cache that only grows."""
+    _forget_references()
     runs = Path(settings.RUNS_DIR)
     if not runs.is_dir():
         return
@@ -142,3 +145,12 @@ def clean_up() -> None:
             old = time.time() - folder.stat().st_mtime > ORPHAN_SECONDS
             if old and not TrainingTask.objects.filter(pk=task_id).exists():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget_references() -> None:
+    """Runs read the cache once, at their start, and freshen what they read: a file may go at any time."""
+    oldest = time.time() - REFERENCE_SECONDS
+    for path in (Path(settings.DATA_DIR) / REFERENCE_CACHE).glob("*/*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                path.unlink()

@@ -78,11 +78,15 @@ class Sweeper(threading.Thread):
             self._watch_consumer(now)
 
     def _probe_if_due(self) -> None:
-        """Inside the gate: a pool process forked meanwhile would hold the pipe to nvidia-smi open for ever."""
+        """Inside the gate: a pool process forked meanwhile would hold the pipe to nvidia-smi open for ever.
+
+        GPUs that were there once stay listed: when `nvidia-smi` does not answer for a moment, a run that needs one
+        must not be given the CPU instead.
+        """
         now = time.monotonic()
         if "gpu" in self.queues and now - self._probed > self.limits.probe_every:
             self._probed = now
-            self._gpus = probe.gpus()
+            self._gpus = probe.gpus() or self._gpus
 
     def _say_present(self) -> None:
         for queue in self.queues:

@@ -127,7 +127,11 @@ def _checkpoint(event: dict[str, Any]) -> bool:
 
 
 def _log(event: dict[str, Any]) -> bool:
-    return isinstance(event.get("text"), str) and event.get("level") in ("info", "warning", "error")
+    return (
+        isinstance(event.get("text"), str)
+        and _number(event.get("time"))
+        and event.get("level") in ("info", "warning", "error")
+    )
 
 
 _CHECKS = {"phase": _phase, "plan": _plan, "metrics": _metrics, "checkpoint": _checkpoint, "log": _log}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 from uuid import UUID
 
@@ -25,7 +26,6 @@ from training.monitor.progress import duration_words, phase_marks
 from training.monitor.views.loading import task_for
 
 PAGE_SIZE = 25
-PARTIALS = {"task-status", "task-reading", "task-history"}  # ids on the task page that may be asked for alone
 
 
 class HtmxRequest(HttpRequest):
@@ -73,7 +73,7 @@ def task_detail(request: HtmxRequest, task_id: UUID) -> HttpResponse:
     if task.status == TrainingTask.Status.DRAFT:
         return redirect(rows.draft_href(task))
     context: dict[str, Any] = {"section": "tasks", "task": task}
-    if request.htmx and request.htmx.target in PARTIALS:
+    if request.htmx and request.htmx.target in PARTS:
         context |= PARTS[request.htmx.target](task)
         return render(request, f"monitor/task_detail.html#{request.htmx.target}", context)
     curves = curves_of(task)
@@ -94,6 +94,7 @@ def _boot(task: TrainingTask, state: dict[str, Any]) -> dict[str, Any]:
     """What the page's script starts from. `seq`: every row up to it is in the figures."""
     return {
         "seq": task.last_seq,
+        "now": time.time(),
         "socket": f"/ws/tasks/{task.id}/",
         "points": reverse("tasks:points", args=[task.id]),
         "log": reverse("tasks:log", args=[task.id]),
@@ -128,4 +129,10 @@ def _history(task: TrainingTask) -> dict[str, Any]:
     return {"events": rows.history_of(task), "runs": list(task.runs.all())}
 
 
-PARTS = {"task-status": _status, "task-reading": _reading, "task-history": _history}
+def _ending(task: TrainingTask) -> dict[str, Any]:
+    """A page opened while the task was queued offers both ways to end it once it runs."""
+    return {"can_stop": rows.can_stop(task)}
+
+
+# Ids on the task page that may be asked for alone.
+PARTS = {"task-status": _status, "task-reading": _reading, "task-history": _history, "task-ending": _ending}
