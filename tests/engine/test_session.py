@@ -107,8 +107,8 @@ def test_one_update_that_is_not_finite_is_skipped(new_run: NewRun, monkeypatch: 
     run = new_run(pairs=24, num_train_epochs=1, lora_dropout=0.0, save_steps=1)
     real = Loop.score
 
-    def poisoned(self: Loop, pairs: Any) -> Any:
-        losses, logps = real(self, pairs)
+    def poisoned(self: Loop, *arguments: Any) -> Any:
+        losses, logps = real(self, *arguments)
         return (losses * math.nan if self.state.step == 2 else losses), logps
 
     monkeypatch.setattr(Loop, "score", poisoned)
@@ -120,7 +120,7 @@ def test_one_update_that_is_not_finite_is_skipped(new_run: NewRun, monkeypatch: 
 
 
 def test_out_of_memory_is_42_with_what_to_try(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_big(self: Loop, pairs: Any) -> Any:
+    def too_big(self: Loop, *arguments: Any) -> Any:
         raise RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         )
@@ -135,7 +135,7 @@ def test_out_of_memory_is_42_with_what_to_try(new_run: NewRun, monkeypatch: pyte
 def test_a_crash_is_1_and_its_traceback_is_in_the_log_only(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(self: Loop, pairs: Any) -> Any:
+    def broken(self: Loop, *arguments: Any) -> Any:
         raise ZeroDivisionError("secret detail")
 
     monkeypatch.setattr(Loop, "score", broken)

@@ -116,7 +116,9 @@ def _parse_pair(line: str, path: Path, number: int, sides: Sides) -> dict[str, A
                 if not (isinstance(message["role"], str) and isinstance(message["content"], str)):
                     raise TypeError(key)
     except (ValueError, KeyError, TypeError) as error:
-        wanted = "a preference pair" if sides == BOTH_SIDES else "an example with a prompt and a chosen answer"
+        wanted = (
+            "a preference pair" if sides == BOTH_SIDES else "an example with a prompt and a chosen answer"
+        )
         raise RefusedError(
             f"Line {number} of {path.name} is not {wanted} ({type(error).__name__}: {error}).",
             "Prepare the dataset again.",

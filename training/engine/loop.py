@@ -114,9 +114,7 @@ class Loop:
                 "Start it again: it goes on from there.",
             ) from None
 
-    def score(
-        self, pairs: Sequence[TokenizedPair], tokens_per_pair: float
-    ) -> tuple[torch.Tensor, PairLogps]:
+    def score(self, pairs: Sequence[TokenizedPair], tokens_per_pair: float) -> tuple[torch.Tensor, PairLogps]:
         """Each pair's share of the step's loss [B], with gradient, and the log-probabilities behind it."""
         states = self.scorer(pairs)
         tokens = token_logps(states.hidden, states.labels, self.policy.head)

@@ -64,7 +64,7 @@ def hinge_loss(
 ) -> torch.Tensor:
     """SLiC's hinge on log-ratios (Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023, arXiv 2309.06657).
 
-        loss = max(0, 1 - beta * (chosen - rejected))
+    loss = max(0, 1 - beta * (chosen - rejected))
     """
     return torch.relu(1 - beta * (chosen - rejected))
 
@@ -112,7 +112,7 @@ def sppo_hard_loss(
 ) -> torch.Tensor:
     """SPPO with certain preferences (Wu et al. 2024, arXiv 2405.00675, equation 4.7 with P = 1 and 0):
 
-        loss = (chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2
+    loss = (chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2
     """
     return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
 
@@ -122,7 +122,7 @@ def apo_zero_loss(
 ) -> torch.Tensor:
     """APO-zero (D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7): chosen answers better than the model's.
 
-        loss = 1 - sigmoid(beta * chosen) + sigmoid(beta * rejected)
+    loss = 1 - sigmoid(beta * chosen) + sigmoid(beta * rejected)
     """
     return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
 
@@ -132,7 +132,7 @@ def apo_down_loss(
 ) -> torch.Tensor:
     """APO-down (D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8): the model is better than the chosen.
 
-        loss = sigmoid(beta * chosen) + 1 - sigmoid(beta * (chosen - rejected))
+    loss = sigmoid(beta * chosen) + 1 - sigmoid(beta * (chosen - rejected))
     """
     return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
 
@@ -163,7 +163,7 @@ def log_odds(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 def odds_ratio_loss(log_odds_chosen: torch.Tensor, *, beta: float) -> torch.Tensor:
     """The odds-ratio part of ORPO's loss (arXiv 2403.07691, equation 7), weighted by beta, its lambda:
 
-        loss = -beta * log sigmoid(log odds ratio)
+    loss = -beta * log sigmoid(log odds ratio)
     """
     return -beta * functional.logsigmoid(log_odds_chosen)
 

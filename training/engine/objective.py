@@ -17,8 +17,8 @@ import torch
 
 from training.contract import Metric, RunConfig
 from training.engine.data import BOTH_SIDES, CHOSEN_SIDE, Sides, TokenizedPair
-from training.engine.losses import LENGTH_NORMALISED, LOSSES, log_odds, odds_ratio_loss, sigmoid_loss
 from training.engine.logps import sum_by_owner
+from training.engine.losses import LENGTH_NORMALISED, LOSSES, log_odds, odds_ratio_loss, sigmoid_loss
 from training.engine.plain import CompletionStates
 
 NO_REFERENCE = "No reference is used: this loss does not need one."
