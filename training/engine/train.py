@@ -77,10 +77,11 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         reference=policy.reference_sentence,
     )
 
-    events.phase("reference", total=len(data.train) + len(data.evaluation), unit="pairs")
+    scored = [*(data.train[index] for index in order.pairs_met()), *data.evaluation]
+    events.phase("reference", total=len(scored), unit="pairs")
     reference = score_reference(
         policy,
-        [*data.train, *data.evaluation],
+        scored,
         Path(config.reference_cache_dir) if config.reference_cache_dir else run_dir / "reference",
         progress=lambda done, total: events.phase("reference", done=done, total=total, unit="pairs"),
         check=interrupts.check,
