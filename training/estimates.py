@@ -255,9 +255,9 @@ def seconds(
 
     With N active parameters a token costs 2N forward; training adds 2N backward (frozen weights have no
     gradient), 6 per LoRA parameter, and 2N again where activations are recomputed. A pair is prompt +
-    chosen + rejected, the prompt computed once. The reference pass reads every pair that the run
-    meets once forward; an evaluation twice (policy, and the reference for the exact KL). Work is divided by the machine's speed,
-    but no step is faster than the floor of its device.
+    chosen + rejected, the prompt computed once. The reference pass reads every pair that the run meets once
+    forward; an evaluation twice (policy, and the reference for the exact KL). Work is divided by the
+    machine's speed, but no step is faster than the floor of its device.
     """
     n = shape.active_parameters or shape.num_parameters
     side = float(parameters["max_length"])
