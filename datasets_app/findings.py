@@ -36,8 +36,21 @@ class Finding:
         return f"Record {self.item:,} (line {self.line:,})" if self.item else f"Line {self.line:,}"
 
     @property
+    def part(self) -> str:
+        """The field meant; empty when it is the record as a whole."""
+        return "" if self.field == "(record)" else self.field
+
+    @property
+    def statement(self) -> str:
+        """What was found, without the next step. About a whole file it may be a sentence already."""
+        if not self.line and self.found.endswith("."):
+            return self.found
+        expected = f"; expected {self.expected}" if self.expected else ""
+        return f"{'found' if self.part else 'Found'} {self.found}{expected}."
+
+    @property
     def sentence(self) -> str:
-        where = f"{self.place}, {self.field}" if self.field and self.field != "(record)" else self.place
+        where = f"{self.place}, {self.part}" if self.part else self.place
         expected = f"; expected {self.expected}" if self.expected else ""
         return f"{where}: found {self.found}{expected}. {self.next_step}".strip()
 

@@ -121,8 +121,9 @@ class Validation:
             for note in reader.notes:
                 self._findings.add(Finding(level="warning", code="converted", found=note))
             if not count and not self._bad_lines and not refused:
-                refused = "The file holds no records. Write one preference pair on each line."
-                self._findings.add(Finding(level="error", code="no_records", found=refused))
+                found, step = "The file holds no records.", "Write one preference pair on each line."
+                refused = f"{found} {step}"
+                self._findings.add(Finding(level="error", code="no_records", found=found, next_step=step))
         for finding in self._checks.of_all(count):
             self._findings.add(finding)
         if not count and not refused:

@@ -255,9 +255,9 @@ def seconds(
 
     With N active parameters a token costs 2N forward; training adds 2N backward (frozen weights have no
     gradient), 6 per LoRA parameter, and 2N again where activations are recomputed. A pair is prompt +
-    chosen + rejected, the prompt computed once. The reference pass reads every pair once forward; an
-    evaluation twice (policy, and the reference for the exact KL). Work is divided by the machine's speed,
-    but no step is faster than the floor of its device.
+    chosen + rejected, the prompt computed once. The reference pass reads every pair that the run meets once
+    forward; an evaluation twice (policy, and the reference for the exact KL). Work is divided by the
+    machine's speed, but no step is faster than the floor of its device.
     """
     n = shape.active_parameters or shape.num_parameters
     side = float(parameters["max_length"])
@@ -268,7 +268,7 @@ def seconds(
     again = 2 * n if is_checkpointed(shape, machine) else 0
     each = 4 * n + again + 6 * lora_parameters(shape, parameters)
     work = pair * min(trained_pairs, math.ceil(limit)) * each
-    work += pair * (num_train_pairs + num_eval_pairs) * 2 * n
+    work += pair * (min(trained_pairs, num_train_pairs) + num_eval_pairs) * 2 * n
     work += pair * num_eval_pairs * num_evaluations * 4 * n
     floor = total_steps * FLOOR_SECONDS_PER_STEP[machine.device]
     loading = shape.num_parameters * 2 / READ_BYTES_PER_SECOND

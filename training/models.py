@@ -165,7 +165,10 @@ class TrainingTask(LeasedRow):
         indexes = [models.Index(fields=["owner", "-created"]), models.Index(fields=["status", "queued_at"])]
 
     def __str__(self) -> str:
-        return self.name or f"Draft {str(self.id)[:8]}"
+        if self.name:
+            return self.name
+        begun = timezone.localtime(self.created)
+        return f"Draft of {begun.day} {begun:%b, %H:%M}"
 
     def get_absolute_url(self) -> str:
         return reverse("tasks:detail", args=[self.id])

@@ -254,10 +254,9 @@ def warnings(parameters: Mapping[str, Any]) -> dict[str, str]:
     """What will run but is seldom meant, by name. Expects values without `problems`."""
     values = resolve(parameters)
     found: dict[str, str] = {}
-    if values["learning_rate"] >= 1e-4:
+    if values["learning_rate"] > 1e-4:
         found["learning_rate"] = (
-            f"learning_rate {number(values['learning_rate'])} is high for preference tuning: the run may "
-            f"become "
+            f"learning_rate {number(values['learning_rate'])} is high for preference tuning: the run may become "
             "unstable. 5e-6 is a safe start, 5e-5 a bold one."
         )
     elif values["learning_rate"] < 5e-7:

@@ -67,7 +67,7 @@ function bindTools(chart, board) {
     event.currentTarget.setAttribute("aria-pressed", String(on));
     chart.setPan(on);
   });
-  tool("reset").addEventListener("click", () => chart.reset(board.prefs));
+  tool("reset").addEventListener("click", () => chart.reset());
   tool("png").addEventListener("click", async () => {
     if (chart.isEmpty) return;
     const link = document.createElement("a");

@@ -54,6 +54,20 @@ export class Chart {
     });
   }
 
+  /* The last step, and a range for an axis whose values are all the same: Plotly would magnify their last digit. */
+  #extent() {
+    let [lastStep, low, high] = [0, Infinity, -Infinity];
+    for (const trace of this.spec.figure.data) {
+      const { x, y } = this.store.get(trace.meta.key);
+      if (x.length) lastStep = Math.max(lastStep, x[x.length - 1]);
+      if (trace.yaxis === "y2") continue;
+      for (const value of y) if (Number.isFinite(value)) [low, high] = [Math.min(low, value), Math.max(high, value)];
+    }
+    const size = Math.max(Math.abs(low), Math.abs(high));
+    const margin = Math.max(size * 0.05, 0.01);
+    return { lastStep, flat: high >= low && high - low < size * 1e-4 + 1e-9 ? [low - margin, high + margin] : null };
+  }
+
   #layout(prefs, theme) {
     const given = this.spec.figure.layout;
     const axis = { gridcolor: theme.line, linecolor: theme.strong, tickcolor: theme.strong, color: theme.muted };
@@ -65,9 +79,13 @@ export class Chart {
       legend: { ...given.legend, font: { color: theme.text }, bgcolor: "rgba(0,0,0,0)" },
       xaxis: { ...given.xaxis, ...axis }, yaxis: { ...given.yaxis, ...axis },
     };
+    const seen = this.#extent();
+    if (seen.lastStep < 8) layout.xaxis.dtick = 1; // there is no half step
     if (given.yaxis2) layout.yaxis2 = { ...given.yaxis2, ...axis };
     const log = prefs.log && this.spec.logarithmic;
+    this.range = log ? null : given.yaxis.range ?? seen.flat;
     if (log) layout.yaxis = { ...layout.yaxis, type: "log", dtick: undefined };
+    else if (this.range) layout.yaxis.range = [...this.range];
     layout.uirevision = `${given.uirevision}${log ? "-log" : ""}`;
     layout.shapes = (given.shapes ?? []).map((shape) => ({
       ...shape, line: { ...shape.line, color: theme.muted }, label: { ...shape.label, font: { size: 11, color: theme.muted } },
@@ -80,10 +98,9 @@ export class Chart {
     if (this.drawn) Plotly.relayout(this.element, { dragmode: this.dragmode });
   }
 
-  reset(prefs) {
+  reset() {
     if (!this.drawn) return;
-    const range = this.spec.figure.layout.yaxis.range;
-    const y = range && !prefs.log ? { "yaxis.range": [...range] } : { "yaxis.autorange": true };
+    const y = this.range ? { "yaxis.range": [...this.range] } : { "yaxis.autorange": true };
     Plotly.relayout(this.element, { "xaxis.autorange": true, ...y, ...(this.spec.figure.layout.yaxis2 ? { "yaxis2.autorange": true } : {}) });
   }
 

@@ -6,7 +6,7 @@ export function showTools() {
   localTimes();
 }
 
-const stamp = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const stamp = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit" });
 
 function localTimes() {
   for (const time of document.querySelectorAll("time[datetime]")) time.textContent = stamp.format(new Date(time.dateTime));

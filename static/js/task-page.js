@@ -18,7 +18,7 @@ const log = new TaskLog(boot.log, boot.state.terminal);
 const feed = new TaskFeed(boot);
 
 const pill = document.getElementById("live-pill");
-const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
+const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" });
 const LABELS = {
   live: () => "Live",
   catching: () => "Catching up",

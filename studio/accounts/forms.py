@@ -17,12 +17,17 @@ def _dress(form: forms.BaseForm) -> None:
             described_by.append(f"errors_{name}")
         if described_by:
             field.widget.attrs["aria-describedby"] = " ".join(described_by)
+    wrong = [name for name in form.fields if form.is_bound and name in form.errors]
+    if wrong:  # the cursor goes to the first thing to mend
+        for field in form.fields.values():
+            field.widget.attrs.pop("autofocus", None)
+        form.fields[wrong[0]].widget.attrs["autofocus"] = True
 
 
 class SignInForm(AuthenticationForm):
     error_messages = {
-        "invalid_login": "This name and password do not belong together. Both mind upper and lower case.",
-        "inactive": "This name and password do not belong together. Both mind upper and lower case.",
+        "invalid_login": "This name and password do not belong together. Upper and lower case count in both.",
+        "inactive": "This name and password do not belong together. Upper and lower case count in both.",
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

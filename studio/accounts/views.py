@@ -106,7 +106,12 @@ def password(request: HttpRequest) -> HttpResponse:
     assert isinstance(user, User)  # noqa: S101 - nobody else gets past the middleware
     form = PasswordForm(user, request.POST or None)
     if not form.is_valid():
-        return render(request, "accounts/password.html", {"form": form}, status=422 if form.is_bound else 200)
+        return render(
+            request,
+            "accounts/password.html",
+            {"form": form, "section": "account"},
+            status=422 if form.is_bound else 200,
+        )
     services.password_set(user=user, password=form.cleaned_data["new_password1"])
     update_session_auth_hash(request, user)
     audit("password changed", request)
@@ -132,7 +137,7 @@ def people(request: HttpRequest) -> HttpResponse:
         audit("account made", request, name=user.get_username(), admin=user.is_superuser)
         messages.success(request, f"{user.get_username()} can sign in now. Tell them the password in person.")
         return redirect("accounts:people")
-    context = {"form": form, "people": User.objects.order_by("username")}
+    context = {"form": form, "people": User.objects.order_by("username"), "section": "people"}
     return render(request, "accounts/people.html", context, status=422 if form.is_bound else 200)
 
 

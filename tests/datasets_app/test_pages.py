@@ -192,6 +192,8 @@ def test_a_dataset_without_pairs_says_why(
     page = text_of(alice_client.get(dataset.get_absolute_url()))
     assert dataset.status == status
     assert words in page and "hx-trigger" not in page
+    main = page.partition("<main")[2]
+    assert "found The" not in main and ".." not in main and "(record)" not in main
 
 
 def test_a_failed_validation_can_be_done_again(queued: MakeDataset, alice_client: Client) -> None:

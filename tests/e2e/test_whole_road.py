@@ -271,7 +271,7 @@ def test_a_task_can_start_from_a_model_and_its_reference_is_that_model(
     expect(page.locator("#summary")).to_contain_text(f"{name}, not the bare base")
     expect(page.locator("label:has(input:checked)")).to_contain_text(name)
     walk.go_on(page, "Dataset & Evaluation")
-    walk.choose(page, "Example: short and direct answers")
+    walk.choose_dataset(page, "Example: short and direct answers")
     walk.go_on(page, "Settings & Options")
     values = {label: value for label, value in QUICK.items() if label != "lora_rank"} | {"epoch": 0.05}
     walk.fill_settings(page, name="On from there", model_name="Road-v2", **values)
@@ -351,7 +351,7 @@ def test_the_road_on_a_phone(studio: LiveStudio, alices: Page, open_page: OpenPa
     walk.choose(phone, "tiny-llama")
     walk.look(phone, "phone-step-1")
     walk.go_on(phone, "Dataset & Evaluation")
-    walk.choose(phone, "Example: short and direct answers")
+    walk.choose_dataset(phone, "Example: short and direct answers")
     walk.hold_out(phone, 5)
     walk.look(phone, "phone-step-2")
     walk.go_on(phone, "Settings & Options")

@@ -16,6 +16,7 @@ from playwright.sync_api import Page, WebSocket, expect
 
 from tests.live import PASSWORD
 
+expect.set_options(timeout=20_000)  # the whole studio and a training share this machine with the browser
 LOSS = "document.getElementById('chart-loss')"
 TRAIN_STEPS = f"({LOSS}.data?.[0].x ?? [])"
 LONG = 60_000  # ms: a process that imports torch on a busy machine
@@ -121,6 +122,12 @@ def add_folder(page: Page, folder: str) -> None:
 def choose(page: Page, name: str) -> None:
     """Tick a model or a dataset by the beginning of its name."""
     page.get_by_role("radio", name=beginning(name)).check()
+
+
+def choose_dataset(page: Page, name: str) -> None:
+    """Tick it and wait for what is known of it; a dataset of a new account may still be validated."""
+    choose(page, name)
+    expect(page.locator("#dataset-status")).to_contain_text("different prompts", timeout=LONG)
 
 
 def beginning(name: str) -> re.Pattern[str]:

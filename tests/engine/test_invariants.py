@@ -183,3 +183,10 @@ def test_every_pair_is_seen_once_an_epoch_in_an_order_of_the_seed() -> None:
     assert [order.epoch_after(step) for step in (0, 3, 6)] == [0, 1, 2]
     other: Any = Order(num_pairs=21, batch_size=2, accumulation=4, num_epochs=2, max_steps=0, seed=4)
     assert other.micro_batches(0) != order.micro_batches(0)
+
+
+def test_the_pairs_a_run_meets_are_those_of_its_steps() -> None:
+    for epochs in (0.1, 0.5, 1, 1.5):
+        order = Order(num_pairs=21, batch_size=2, accumulation=2, num_epochs=epochs, max_steps=0, seed=3)
+        steps = range(order.total_steps)
+        assert order.pairs_met() == sorted({i for s in steps for m in order.micro_batches(s) for i in m})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.conftest import NewRun
+from tests.engine.conftest import NewRun, RunFolder
 from tests.engine.policies import tiny_config, tiny_data, tiny_policy
 from training.engine import reference
 from training.engine.data import TokenizedPair
@@ -124,13 +124,22 @@ def test_other_weights_have_another_key(policy: Policy, tmp_path: Path) -> None:
 
 
 def test_another_beta_costs_no_reference_pass(new_run: NewRun) -> None:
-    assert new_run("first", max_steps=1).train() == 0
-    second = new_run("second", max_steps=1, beta=0.5, seed=7)
+    assert new_run("first").train() == 0
+    second = new_run("second", beta=0.5, seed=7)
     assert second.train() == 0
-    done = [
-        event["done"] for event in second.events if event["type"] == "phase" and event["phase"] == "reference"
-    ]
-    assert done == [0, 20]
+    assert reference_progress(second) == [(0, 20), (20, 20)]
+
+
+def test_a_run_shorter_than_one_pass_scores_only_the_pairs_it_meets(new_run: NewRun) -> None:
+    short = new_run("short", num_train_epochs=0.5)  # 2 of 4 steps with 4 pairs each, and 4 pairs held out
+    assert short.train() == 0
+    assert reference_progress(short)[-1] == (12, 12)
+    assert sorted(short.points("train")) == [1, 2]
+
+
+def reference_progress(run: RunFolder) -> list[tuple[int, int]]:
+    phases = [event for event in run.events if event["type"] == "phase" and event["phase"] == "reference"]
+    return [(event["done"], event["total"]) for event in phases]
 
 
 def test_what_a_run_reads_is_fresh_again_and_what_it_does_not_need_is_not(

@@ -113,6 +113,7 @@ def test_a_broken_checkpoint_is_put_aside_and_the_one_before_is_used(
     task.refresh_from_db()
     assert task.status == "succeeded"
     assert task.runs.get(epoch=2).resumed_from_step == 5
+    assert task.events.filter(text__startswith="Attempt 2 started", text__endswith=", from step 5.").exists()
     assert any("step 10 is damaged and was put aside" in text for text in texts(task))
     assert newest.folder.with_name("step-000010.bad").is_dir()
     assert_every_step_once(task, 12)

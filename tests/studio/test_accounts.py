@@ -78,6 +78,20 @@ def test_the_link_works_once(client: Client) -> None:
     assert User.objects.count() == 1
 
 
+def test_a_used_link_sends_whoever_is_signed_in_to_their_tasks(client: Client) -> None:
+    token = services.first_run_link_create()
+    client.post(first_run(token), ACCOUNT)
+    page = client.get(first_run(token)).content.decode()
+    assert "signed in already" in page and "Go to sign-in" not in page
+
+
+def test_the_cursor_goes_to_the_first_field_to_mend(client: Client) -> None:
+    wrong = ACCOUNT | {"password2": "something else entirely"}
+    page = client.post(first_run(services.first_run_link_create()), wrong).content.decode()
+    focused = [tag for tag in page.split("<input")[1:] if " autofocus" in tag.split(">")[0]]
+    assert len(focused) == 1 and 'name="password2"' in focused[0]
+
+
 def test_the_link_expires(client: Client) -> None:
     token = services.first_run_link_create()
     with time_machine.travel(timezone.now() + timedelta(hours=25)):

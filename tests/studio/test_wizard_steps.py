@@ -298,6 +298,17 @@ def test_nonsense_is_refused_with_the_usual_range_and_nothing_is_lost(
     assert reload(draft).parameters == {"beta": 0.2}
 
 
+def test_the_cursor_goes_to_the_value_to_mend_and_its_error_is_read_out(
+    alice_client: Client, draft: TrainingTask
+) -> None:
+    page = alice_client.post(at(draft, "settings"), settings_data(lora_r="1.5")).content.decode()
+    assert page.count(" autofocus") == 1
+    field = next(tag for tag in page.split("<input") if 'name="lora_r"' in tag).split(">")[0]
+    assert " autofocus" in field and 'aria-describedby="id_lora_r_error help-lora_r"' in field
+    assert 'id="id_lora_r_error"' in page
+    assert " autofocus" not in alice_client.get(at(draft, "settings")).content.decode()
+
+
 def test_values_that_are_no_parameters_are_ignored(
     alice_client: Client, draft: TrainingTask, mallory: Any
 ) -> None:

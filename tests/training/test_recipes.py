@@ -110,9 +110,14 @@ def test_a_number_is_shown_so_that_it_can_be_read_back(value: float) -> None:
 
 
 def test_high_learning_rate_and_many_epochs_are_warned_about_not_refused() -> None:
-    values = {"learning_rate": 1e-4, "num_train_epochs": 4.0, "beta": 0.02, "lora_alpha": 128}
+    values = {"learning_rate": 2e-4, "num_train_epochs": 4.0, "beta": 0.02, "lora_alpha": 128}
     assert recipes.problems(values) == {}
     assert set(recipes.warnings(values)) == {"learning_rate", "num_train_epochs", "beta", "lora_alpha"}
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e-6, False), (1e-4, False), (2e-4, True)])
+def test_a_learning_rate_called_usual_is_not_warned_about(rate: float, warned: bool) -> None:
+    assert ("learning_rate" in recipes.warnings({"learning_rate": rate})) is warned
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,17 @@ class Order:
     def micro_batches(self, step: int) -> list[list[int]]:
         """Indices of the pairs of step `step` (0-based), `batch_size` at a time."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, "order", epoch))
-        shuffled = torch.randperm(self.num_pairs, generator=generator).tolist()
-        mine = shuffled[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
+        mine = self._shuffled(epoch)[within * self.pairs_per_step : (within + 1) * self.pairs_per_step]
         return [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+
+    def pairs_met(self) -> list[int]:
+        """Indices of the pairs of all steps: every one, unless the run ends within its first pass."""
+        return sorted(self._shuffled(0)[: self.total_steps * self.pairs_per_step])
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, "order", epoch))
+        indices: list[int] = torch.randperm(self.num_pairs, generator=generator).tolist()
+        return indices
 
     def reseed_dropout(self, step: int, micro_step: int) -> None:
         """Before each micro-batch: its dropout masks depend on nothing that came before."""

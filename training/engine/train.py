@@ -83,7 +83,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
 
     reference = None
     if objective.needs_reference:
-        reference = reference_of(policy, data, config, run_dir, events=events, interrupts=interrupts)
+        reference = reference_of(policy, data, order, config, run_dir, events=events, interrupts=interrupts)
 
     loop = Loop(
         config=config,
@@ -139,13 +139,21 @@ def make_quiet_and_deterministic() -> None:
 
 
 def reference_of(
-    policy: Policy, data: Data, config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Interrupts
+    policy: Policy,
+    data: Data,
+    order: Order,
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    events: EventLog,
+    interrupts: Interrupts,
 ) -> ReferenceLogps:
-    """Of every pair, from the cache or computed now."""
-    events.phase("reference", total=len(data.train) + len(data.evaluation), unit="pairs")
+    """Of every pair that the run meets, from the cache or computed now."""
+    scored = [*(data.train[index] for index in order.pairs_met()), *data.evaluation]
+    events.phase("reference", total=len(scored), unit="pairs")
     return score_reference(
         policy,
-        [*data.train, *data.evaluation],
+        scored,
         Path(config.reference_cache_dir) if config.reference_cache_dir else run_dir / "reference",
         progress=lambda done, total: events.phase("reference", done=done, total=total, unit="pairs"),
         check=interrupts.check,

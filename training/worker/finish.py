@@ -30,11 +30,18 @@ def write_end(lease: Lease, ending: Ending, *, exit_code: int | None, log: str) 
         step = f" at step {task.step}" if task.step else ""
         _move(lease, Status.CANCELLED, f"Cancelled{step}.", level="info", from_=Status.CANCELLING)
     elif ending.then is Then.CONTINUE:
-        text = f"{ending.text} The task continues from its last checkpoint when a worker is back."
+        text = (
+            f"{ending.text} The task goes on when a worker is back, from its last checkpoint if there is one."
+        )
         # An orderly interruption is no failed attempt.
         _move(lease, Status.QUEUED, text, level="info", attempts=max(0, task.attempts - 1))
     elif ending.then is Then.TRY_AGAIN and task.attempts < MAX_ATTEMPTS:
-        _move(lease, Status.QUEUED, f"{ending.text} Trying again from the last checkpoint.", level="warning")
+        _move(
+            lease,
+            Status.QUEUED,
+            f"{ending.text} Trying again, from the last checkpoint if there is one.",
+            level="warning",
+        )
     else:
         fail(task, ending, log=log, epoch=lease.epoch)
     Run.objects.filter(task_id=lease.task_id, epoch=lease.epoch).update(

@@ -144,7 +144,8 @@ class Supervisor:
             self._tell(note, level="warning")
         engine = self.engine = EngineProcess(prepared.run_dir, device=self.attempt.device)
         self.keeper.guard(engine)
-        where = f"from step {prepared.resumed_from}" if prepared.resumed_from else "from the start"
+        again = ", from the beginning: no checkpoint could be continued" if self.lease.epoch > 1 else ""
+        where = f", from step {prepared.resumed_from}" if prepared.resumed_from else again
         device = "CPU" if self.attempt.device == "cpu" else self.attempt.device
         number = f"Attempt {self.lease.epoch}" if self.lease.epoch > 1 else "The run"
 
@@ -158,7 +159,7 @@ class Supervisor:
             plan = {**hold(self.lease).plan, **self._inputs(prepared)}
             TrainingTask.objects.filter(pk=self.task.pk).update(plan=plan)
             event_add(
-                self.task.pk, f"{number} started {where} on {self.attempt.host} ({device}).", source="worker"
+                self.task.pk, f"{number} started on {self.attempt.host} ({device}){where}.", source="worker"
             )
 
         self._persist(write)

@@ -94,7 +94,7 @@ def release(task_id: uuid.UUID, epoch: int, *, reason: str, where: Q) -> bool:
             fail(task, Ending(then=Then.TRY_AGAIN, text=reason), log=log, epoch=epoch)
         else:
             states.transition(task_id, Status.QUEUED, from_=Status.RUNNING, epoch=epoch)
-            text = f"{reason} The task continues from its last checkpoint."
+            text = f"{reason} The task goes on, from its last checkpoint if there is one."
             event_add(task_id, text, source="worker", level="warning")
             transaction.on_commit(lambda: ring(task_id))
     logger.warning("Task %s, attempt %s: %s", task_id, epoch, reason)
