@@ -1,7 +1,4 @@
-"""Chat: JSON lines between the web process and `python -m training.engine chat`. Standard library only.
-
-Import these names from `training.contract`, which has all of what the studio and the engine say to each other.
-"""
+"""Chat: JSON lines between the web process and `python -m training.engine chat`. Standard library only."""
 
 from __future__ import annotations
 

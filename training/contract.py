@@ -17,17 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from training.chat_contract import ChatCancel as ChatCancel
-from training.chat_contract import ChatDone as ChatDone
-from training.chat_contract import ChatEnd as ChatEnd
-from training.chat_contract import ChatError as ChatError
-from training.chat_contract import ChatEvent as ChatEvent
-from training.chat_contract import ChatGenerate as ChatGenerate
-from training.chat_contract import ChatLoad as ChatLoad
-from training.chat_contract import ChatReady as ChatReady
-from training.chat_contract import ChatRequest as ChatRequest
-from training.chat_contract import ChatText as ChatText
-
 # --- names inside a run directory -----------------------------------------------------------------
 CONFIG_FILE = "config.json"
 EVENTS_FILE = "events.jsonl"

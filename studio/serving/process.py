@@ -15,7 +15,7 @@ from typing import cast
 
 from django.conf import settings
 
-from training.contract import ChatEvent, ChatRequest
+from training.chat_contract import ChatEvent, ChatRequest
 
 logger = logging.getLogger(__name__)
 LINE_BYTES = 4 * 1024 * 1024  # the longest line that is read; an answer comes in far shorter pieces

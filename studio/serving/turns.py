@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from django.conf import settings
 
 from studio.serving.process import ChatEnded, ChatProcess
-from training.contract import ChatEvent
+from training.chat_contract import ChatEvent
 
 logger = logging.getLogger(__name__)
 LINE_LIMIT = 8  # people who wait; the next one is told to come back

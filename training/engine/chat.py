@@ -25,7 +25,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.contract import ChatEvent, ChatGenerate, ChatLoad, ChatRequest
+from training.chat_contract import ChatEvent, ChatGenerate, ChatLoad, ChatRequest
 from training.engine.generate import Answer, GenerationError, Sampling, generate
 
 log = logging.getLogger(__name__)
