@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from tests.engine.policies import bend, gradients, tiny_config, tiny_data, tiny_
 from tests.tiny import tiny_pairs
 from training.engine.data import TokenizedPair
 from training.engine.logps import token_logps
-from training.engine.losses import LOSSES
-from training.engine.metrics import PairLogps
+from training.engine.objective import Objective, PairLogps
 from training.engine.policy import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -68,10 +68,9 @@ def test_loss_gradients_and_tokens_agree_with_trl(tiny_model: Path, tmp_path: Pa
         before = policy.scorer(pairs)
         reference = token_logps(before.hidden, before.labels, policy.head)
     logps = PairLogps.of(states, tokens, reference)
-    losses = LOSSES["sigmoid"](
-        logps.policy_chosen, logps.policy_rejected, logps.reference_chosen, logps.reference_rejected,
-        beta=BETA, label_smoothing=0.0,
-    )  # fmt: skip
+    losses = Objective(dataclasses.replace(tiny_config(tiny_model), beta=BETA)).losses(
+        logps, tokens_per_pair=1.0
+    )
     losses.mean().backward()
     assert abs(losses.mean().item() - 0.6931) > 1e-3  # an adapter of zero would prove nothing
     assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-5)
