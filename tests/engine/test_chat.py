@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import build_tiny_model
 from training.engine.chat import ChatRefused, Models, prompt_tokens
-from training.engine.generate import Answer, GenerationError, Sampler, Sampling, TextStream, generate
+from training.engine.generation import Answer, GenerationError, Sampler, Sampling, TextStream, generate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MESSAGES = [{"role": "user", "content": "Say something."}]

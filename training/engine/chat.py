@@ -26,7 +26,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.chat_contract import ChatEvent, ChatGenerate, ChatLoad, ChatRequest
-from training.engine.generate import Answer, GenerationError, Sampling, generate
+from training.engine.generation import Answer, GenerationError, Sampling, generate
 
 log = logging.getLogger(__name__)
 BASE_SIDE = "base"

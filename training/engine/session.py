@@ -1,4 +1,4 @@
-"""One run from its start to its exit code: log, signals, result.json. The training itself is train.py."""
+"""One run from its start to its exit code: log, signals, result.json. The training itself is training_run.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> int:
         config = RunConfig.load(run_dir)
         check_config(config)
         interrupts.check()
-        from training.engine.train import train  # torch from here on
+        from training.engine.training_run import train  # torch from here on
 
         _write_result(run_dir, train(config, run_dir, events=events, interrupts=interrupts))
         return ExitCode.OK
