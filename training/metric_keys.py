@@ -1,0 +1,39 @@
+"""Metric keys: the same string in the database, in JSON, on a chart and in the docs, and what each one means.
+
+Standard library only. `training/contract.py` hands them on: import them from there.
+"""
+
+from __future__ import annotations
+
+
+class Metric:
+    """Keys of a metrics event. Evaluation uses the same keys with the prefix `eval_`.
+
+    A key that a method does not define is null: `kl` without a reference (SFT, ORPO, SimPO); with SFT, which
+    has no rejected side, also the rewards and `logps/rejected`.
+    """
+
+    LOSS = "loss"  # what the gradient is of: mean over the pairs of the step, NLL over its chosen tokens
+    # beta times what the loss compares, mean over pairs: policy logps - reference logps (without a reference
+    # the policy's alone), divided by the answer's tokens where the loss does that (ipo, SimPO, ORPO, asked for)
+    REWARDS_CHOSEN = "rewards/chosen"
+    REWARDS_REJECTED = "rewards/rejected"
+    REWARDS_MARGINS = "rewards/margins"  # chosen - rejected
+    REWARDS_ACCURACIES = "rewards/accuracies"  # share of pairs with margin > 0 (shown as "DPO accuracy")
+    LOGPS_CHOSEN = "logps/chosen"  # summed over completion tokens, mean over pairs, nats
+    LOGPS_REJECTED = "logps/rejected"
+    NLL_LOSS = "nll_loss"  # -log p per chosen token, nats; only where it is part of the loss
+    LOG_ODDS_CHOSEN = "log_odds_chosen"  # ORPO: log odds ratio of chosen over rejected, mean over pairs
+    LOG_ODDS_RATIO = "log_odds_ratio"  # ORPO: log sigmoid of it, mean over pairs
+    # Nats per completion token: exact over the vocabulary at evaluation (of KL_PAIRS pairs), an estimate in training.
+    KL = "kl"
+    GRAD_NORM = "grad_norm"  # before clipping
+    LEARNING_RATE = "learning_rate"
+    EPOCH = "epoch"  # fraction of passes done
+    NUM_TOKENS = "num_tokens"  # tokens processed so far, no padding
+    TOKENS_PER_SECOND = "tokens_per_second"
+
+
+EVAL_PREFIX = "eval_"
+# The exact divergence needs a second pass and the whole vocabulary: the first held-out pairs stand for all.
+KL_PAIRS = 64
