@@ -11,7 +11,6 @@ import dataclasses
 import enum
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any, Literal, TypedDict
 from training.metric_keys import EVAL_PREFIX as EVAL_PREFIX
 from training.metric_keys import KL_PAIRS as KL_PAIRS
 from training.metric_keys import Metric as Metric
+from training.run_checks import ConfigError as ConfigError
+from training.run_checks import check_numbers, check_objective
 
 # --- names inside a run directory -----------------------------------------------------------------
 CONFIG_FILE = "config.json"
@@ -150,10 +151,6 @@ class Result(TypedDict, total=False):
 
 
 # --- the configuration of a run -------------------------------------------------------------------------
-class ConfigError(ValueError):
-    """The configuration cannot be run. The message is a sentence with what to do."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything the engine needs to know. Paths are absolute; data files hold canonical pairs, one a line:
@@ -205,19 +202,7 @@ class RunConfig:
     gradient_checkpointing: str = "auto"  # auto | on | off
 
     def __post_init__(self) -> None:
-        positive = (
-            "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "learning_rate", "beta", "max_length", "lora_r", "lora_alpha", "save_steps",
-        )  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be a number above 0, found {value!r}.")
-        for name, low, high in (
-            ("warmup_ratio", 0.0, 1.0), ("lora_dropout", 0.0, 0.95), ("label_smoothing", 0.0, 0.49),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} must be from {low} to {high}, found {getattr(self, name)!r}.")
+        check_numbers(self)
         check_objective(self)
 
     def to_json(self) -> str:
@@ -247,42 +232,6 @@ class RunConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"{CONFIG_FILE} must hold one JSON object.")
         return cls.from_mapping(data)
-
-
-# Settings that only DPO reads.
-DPO_ONLY = ("loss_type", "label_smoothing", "rpo_alpha", "simpo_gamma", "dpo_normalize_logratios_by_length")
-# Of DPO's losses those that `label_smoothing` is part of; exo_pair is not defined without it.
-SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
-
-
-def check_objective(config: RunConfig) -> None:
-    """Settings that would be ignored, or contradict each other, are refused with a sentence."""
-    for name in ("rpo_alpha", "simpo_gamma"):
-        value = getattr(config, name)
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{name} must be 0 or a number above it, found {value!r}.")
-    if not isinstance(config.dpo_normalize_logratios_by_length, bool):
-        raise ConfigError("dpo_normalize_logratios_by_length must be true or false.")
-    if config.method != "dpo":
-        defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-        ignored = [name for name in DPO_ONLY if getattr(config, name) != defaults[name]]
-        if ignored:
-            raise ConfigError(
-                f"{' and '.join(ignored)} belong to the method dpo: leave them out, or choose dpo."
-            )
-        return
-    if config.simpo_gamma > 0 and config.loss_type != "sigmoid":
-        raise ConfigError(
-            f"simpo_gamma is a margin inside the loss_type sigmoid, not {config.loss_type}: "
-            "use sigmoid, or set simpo_gamma to 0."
-        )
-    if config.label_smoothing > 0 and config.loss_type not in SMOOTHED_LOSSES:
-        raise ConfigError(
-            f"The loss_type {config.loss_type} has no label_smoothing: set it to 0, or use "
-            f"{' or '.join(SMOOTHED_LOSSES)}."
-        )
-    if config.loss_type == "exo_pair" and config.label_smoothing == 0:
-        raise ConfigError("The loss_type exo_pair needs a label_smoothing above 0; its authors use 0.001.")
 
 
 def write_atomically(path: Path, text: str) -> None:

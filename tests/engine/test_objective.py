@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from training.contract import ConfigError, Metric, RunConfig
+from training.contract import Metric, RunConfig
 from training.engine.metrics import Window
 from training.engine.objective import Objective, PairLogps
 from training.engine.plain import CompletionStates
+from training.run_checks import ConfigError
 
 
 def config(**settings: Any) -> RunConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 
-from training.contract import ConfigError, ExitCode, RunConfig
+from training.contract import ExitCode, RunConfig
+from training.run_checks import ConfigError
 
 
 class EngineError(Exception):

@@ -22,13 +22,13 @@ from training import estimates, recipes
 from training.contract import (
     CONFIG_FILE,
     STOP_FILE,
-    ConfigError,
     ExitCode,
     RunConfig,
     verify_checkpoint,
     write_atomically,
 )
 from training.models import Checkpoint, Run, TrainingTask
+from training.run_checks import ConfigError
 
 logger = logging.getLogger(__name__)
 
