@@ -20,7 +20,7 @@ from training.metric_keys import EVAL_PREFIX as EVAL_PREFIX
 from training.metric_keys import KL_PAIRS as KL_PAIRS
 from training.metric_keys import Metric as Metric
 from training.run_checks import ConfigError as ConfigError
-from training.run_checks import check_numbers, check_objective
+from training.run_checks import check_lengths, check_numbers, check_objective
 
 # --- names inside a run directory -----------------------------------------------------------------
 CONFIG_FILE = "config.json"
@@ -77,6 +77,23 @@ class PhaseEvent(TypedDict):
     unit: str
 
 
+class DataCounts(TypedDict):
+    """What happened to the pairs of one split: `read` = `kept` + `dropped`, which is the sum of what follows it."""
+
+    read: int
+    kept: int
+    truncated: int  # kept, and cut to their length
+    prompts_cut: int  # of these, the prompt
+    completions_cut: int  # of these, an answer
+    dropped: int
+    identical: int  # the two answers were the same from the start
+    became_identical: int  # … after cutting
+    empty: int  # a side had no tokens
+    became_empty: int  # the prompt left no room for the answer
+    over_long: int  # longer than allowed, and truncation_mode is drop
+    refused_by_template: int
+
+
 class PlanEvent(TypedDict):
     """Said once after the data is prepared: what this run will do, and what happened to the pairs."""
 
@@ -87,6 +104,7 @@ class PlanEvent(TypedDict):
     num_eval_pairs: int
     num_truncated: int
     num_dropped: int
+    data: dict[Split, DataCounts]
     device: str
     dtype: str
     reference: str  # a sentence: which model the reference is
@@ -143,6 +161,7 @@ class Result(TypedDict, total=False):
     config: dict[str, Any]
     reference: str  # a sentence: which model the reference is
     loss: str  # a sentence: what was minimised
+    data: dict[Split, DataCounts]
     data_sha256: str  # of the tokenised training pairs
     weights_sha256: str  # of base weights and the adapter started from
     device: str
@@ -185,7 +204,11 @@ class RunConfig:
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    max_length: int = 1024
+    max_length: int = 1024  # tokens of a prompt with one answer, or of the pair: see max_length_per
+    max_length_per: str = "side"  # side | pair: then each side gets half of max_length
+    max_prompt_length: int = 0  # 0 = only max_length bounds it
+    max_completion_length: int = 0
+    truncation_mode: str = "keep_end"  # keep_end | keep_start | drop: see training/engine/cutting.py
     seed: int = 42
     max_steps: int = 0  # 0 = as many as the epochs give; a positive number ends the run there
 
@@ -204,6 +227,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_objective(self)
+        check_lengths(self)
+
+    @property
+    def side_length(self) -> int:
+        """Most tokens of a prompt with one answer."""
+        return self.max_length // 2 if self.max_length_per == "pair" else self.max_length
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)

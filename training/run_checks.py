@@ -68,3 +68,32 @@ def check_objective(config: RunConfig) -> None:
         )
     if config.loss_type == "exo_pair" and config.label_smoothing == 0:
         raise ConfigError("The loss_type exo_pair needs a label_smoothing above 0; its authors use 0.001.")
+
+
+LENGTHS_PER = ("side", "pair")
+TRUNCATION_MODES = ("keep_end", "keep_start", "drop")
+
+
+def check_lengths(config: RunConfig) -> None:
+    """The rule for over-long pairs: see `training/engine/cutting.py`."""
+    if config.truncation_mode not in TRUNCATION_MODES:
+        raise ConfigError(
+            f"truncation_mode must be keep_end, keep_start or drop, found {config.truncation_mode!r}."
+        )
+    if config.max_length_per not in LENGTHS_PER:
+        raise ConfigError(f"max_length_per must be side or pair, found {config.max_length_per!r}.")
+    if config.side_length < 1:
+        raise ConfigError(
+            "max_length 1 leaves nothing for half a pair: raise it, or set max_length_per to side."
+        )
+    for name in ("max_prompt_length", "max_completion_length"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigError(
+                f"{name} must be 0 (no bound of its own) or a whole number above, found {value!r}."
+            )
+        if value >= config.side_length:
+            raise ConfigError(
+                f"{name} {value} bounds nothing, for a prompt with one answer has {config.side_length} tokens at "
+                "most: lower it, set it to 0, or raise max_length."
+            )

@@ -8,15 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.engine.policies import tiny_config
 from tests.tiny import build_tiny_model, tiny_pairs
 from training.engine.data import (
-    PROMPT_SHARE,
     TokenizedPair,
-    cut_pair,
     data_sha256,
     length_sorted_batches,
     read_pairs,
@@ -60,59 +56,6 @@ def test_any_text_survives(tokenizer: Any) -> None:
     ]
     tokenized, _ = tokenize_pairs(source, tokenizer, max_length=1024)
     assert tokenizer.decode(tokenized[0].chosen) == text + "<|im_end|>\n"
-
-
-def test_a_short_pair_is_not_touched() -> None:
-    short = pair(10, 5, 6)
-    assert cut_pair(short, max_length=16) is short
-
-
-def test_the_prompt_loses_its_left_side_first() -> None:
-    cut = cut_pair(pair(30, 5, 6), max_length=16)
-    assert cut.prompt.tolist() == list(range(20, 30))
-    assert (len(cut.chosen), len(cut.rejected)) == (5, 6)
-
-
-def test_a_leading_bos_token_stays() -> None:
-    cut = cut_pair(pair(30, 5, 6), max_length=16, bos=0)
-    assert cut.prompt.tolist() == [0, *range(21, 30)]
-
-
-def test_completions_lose_their_ends_when_the_prompt_is_at_its_floor() -> None:
-    cut = cut_pair(pair(30, 5, 60), max_length=16)
-    assert cut.prompt.tolist() == [28, 29]
-    assert (len(cut.chosen), len(cut.rejected)) == (5, 14)
-
-
-@given(
-    prompt=st.integers(1, 60), chosen=st.integers(1, 60), rejected=st.integers(1, 60),
-    max_length=st.integers(2, 80), bos=st.sampled_from([None, 0]),
-)  # fmt: skip
-def test_cutting_keeps_the_rule(
-    prompt: int, chosen: int, rejected: int, max_length: int, bos: int | None
-) -> None:
-    whole = pair(prompt, chosen, rejected)
-    cut = cut_pair(whole, max_length=max_length, bos=bos)
-    assert len(cut.prompt) >= min(prompt, max(1, max_length // PROMPT_SHARE))
-    assert len(cut.prompt) + max(len(cut.chosen), len(cut.rejected)) <= max_length
-    assert cut.prompt[-1] == whole.prompt[-1]
-    assert cut.chosen.tolist() == whole.chosen.tolist()[: len(cut.chosen)]
-    if len(cut.chosen) < chosen or len(cut.rejected) < rejected:
-        assert len(cut.prompt) == min(prompt, max(1, max_length // PROMPT_SHARE))
-
-
-def test_pairs_that_become_identical_or_refused_are_dropped_and_counted(tokenizer: Any) -> None:
-    long = "same beginning " * 10
-    user = [message("hello", "user")]
-    source = [
-        {"id": "a", "prompt": user, "chosen": [message(long + "A")], "rejected": [message(long + "B")]},
-        {"id": "b", "prompt": user, "chosen": [message("good")], "rejected": [message("bad")]},
-        {"id": "c", "prompt": user, "chosen": [message("same")], "rejected": [message("same")]},
-    ]
-    kept, report = tokenize_pairs(source, tokenizer, max_length=64)
-    assert [item.id for item in kept] == ["b"]
-    assert (report.identical, report.truncated, report.dropped) == (2, 0, 2)
-    assert "2 training pairs were dropped" in "\n".join(report.sentences("training", 64))
 
 
 def test_a_template_that_refuses_a_conversation_costs_only_that_pair(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_sft_speaks_of_examples(new_run: NewRun, tmp_path: Path) -> None:
     rows = [*without_rejected(4), {**without_rejected(1)[0], "chosen": []}]
     run = new_run(train_path=write_examples(tmp_path / "examples.jsonl", rows), max_steps=1, **SFT)
     assert run.train() == 0
-    assert "1 training examples were dropped: a side had no tokens left." in run.texts()
+    assert "1 training examples were dropped: a side has no tokens." in run.texts()
     units = {event["unit"] for event in run.events if event.get("phase") in ("preparing_data", "evaluating")}
     assert units == {"", "examples"}
 

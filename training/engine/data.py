@@ -1,10 +1,6 @@
-"""Pairs as token ids: reading, the chat template, the rule for over-long pairs. Knows no model.
+"""Pairs as token ids: reading, the chat template, cutting by `cutting.py`'s rule. Knows no model.
 
 An example for SFT is a pair without its rejected side.
-
-The rule for a pair whose longer side passes `max_length`: the prompt loses tokens from its left first, down
-to an eighth of `max_length` (a leading BOS token stays), then the completions lose their ends. A pair whose
-two completions are then the same, or one of them empty, is dropped. Everything cut or dropped is counted.
 """
 
 from __future__ import annotations
@@ -17,13 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from training.engine.cutting import WHOLE_RULE, CutRule, DataReport, Ids, cut_sides
 from training.engine.errors import RefusedError
 
-Ids = npt.NDArray[np.int32]
 RENDER_BATCH = 64  # pairs handed to the tokenizer at once
-PROMPT_SHARE = 8  # a cut prompt keeps at least max_length / PROMPT_SHARE tokens
 
 Sides = tuple[Literal["chosen", "rejected"], ...]
 BOTH_SIDES: Sides = ("chosen", "rejected")
@@ -56,39 +50,6 @@ class TokenizedPair:
         lengths = np.array([len(self.prompt), len(self.chosen), len(self.rejected)], dtype=np.int32)
         parts = (lengths, self.prompt, self.chosen, self.rejected)
         return hashlib.sha256(b"".join(part.astype("<i4").tobytes() for part in parts)).digest()
-
-
-@dataclasses.dataclass
-class DataReport:
-    """What happened to the pairs of one file."""
-
-    noun: str = "pair"
-    read: int = 0
-    truncated: int = 0
-    identical: int = 0
-    empty: int = 0
-    refused_by_template: int = 0
-    template_message: str = ""
-
-    @property
-    def dropped(self) -> int:
-        return self.identical + self.empty + self.refused_by_template
-
-    def sentences(self, split: str, max_length: int) -> Iterator[str]:
-        if self.truncated:
-            yield (
-                f"{self.truncated} of {self.read} {split} {self.noun}s were longer than {max_length} tokens and "
-                "were cut: the start of the prompt first, then the ends of the answers."
-            )
-        if self.identical:
-            yield f"{self.identical} {split} {self.noun}s were dropped: their answers are the same (after cutting)."
-        if self.empty:
-            yield f"{self.empty} {split} {self.noun}s were dropped: a side had no tokens left."
-        if self.refused_by_template:
-            yield (
-                f"{self.refused_by_template} {split} {self.noun}s were dropped: the model's chat template refused "
-                f"them ({self.template_message})."
-            )
 
 
 def noun_of(sides: Sides) -> str:
@@ -132,11 +93,15 @@ def tokenize_pairs(
     tokenizer: Any,
     *,
     max_length: int,
+    rule: CutRule = WHOLE_RULE,
     sides: Sides = BOTH_SIDES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[TokenizedPair], DataReport]:
-    """Render with the chat template, tokenise, cut. A completion is what the template adds to the prompt."""
-    report = DataReport(noun=noun_of(sides), read=len(pairs))
+    """Render with the chat template, tokenise, cut. A completion is what the template adds to the prompt.
+
+    `max_length`: tokens of a prompt with one answer.
+    """
+    report = DataReport(noun=noun_of(sides), rule=rule, read=len(pairs))
     each = 1 + len(sides)  # texts of a pair
     kept: list[TokenizedPair] = []
     for start in range(0, len(pairs), RENDER_BATCH):
@@ -149,9 +114,9 @@ def tokenize_pairs(
         ids = tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else []
         for index, (name, _) in enumerate(rendered):
             whole = _split_completions(name, *ids[each * index : each * (index + 1)])
-            cut = cut_pair(whole, max_length=max_length, bos=tokenizer.bos_token_id)
-            if _keep(cut, report, sides):
-                report.truncated += cut.num_tokens < whole.num_tokens
+            cut = cut_pair(whole, max_length=max_length, rule=rule, bos=tokenizer.bos_token_id)
+            if _keep(cut, whole, report, sides):
+                assert cut is not None  # noqa: S101 - what is kept is there
                 kept.append(cut)
         progress(min(start + RENDER_BATCH, len(pairs)), len(pairs))
     return kept, report
@@ -192,31 +157,49 @@ def _common_prefix(left: Ids, right: Ids) -> int:
     return int(different[0]) if len(different) else length
 
 
-def cut_pair(pair: TokenizedPair, *, max_length: int, bos: int | None = None) -> TokenizedPair:
-    """The module's rule; both sides keep the same prompt, so that it is computed once."""
+def cut_pair(
+    pair: TokenizedPair, *, max_length: int, rule: CutRule = WHOLE_RULE, bos: int | None = None
+) -> TokenizedPair | None:
+    """The pair itself where it fits, else what the rule leaves of it; None where the rule drops it."""
     longest = max(len(pair.chosen), len(pair.rejected))
-    if len(pair.prompt) + longest <= max_length:
+    if rule.fits(len(pair.prompt), longest, max_length):
         return pair
-    floor = max(1, min(len(pair.prompt), max_length // PROMPT_SHARE))
-    room = min(len(pair.prompt), max(floor, max_length - longest))
-    prompt = pair.prompt[len(pair.prompt) - room :]
-    begins = (
-        bos is not None and pair.prompt[:1].tolist() == [bos] and np.count_nonzero(pair.prompt == bos) == 1
+    if rule.mode == "drop":
+        return None
+    prompt, completions = cut_sides(
+        pair.prompt, [pair.chosen, pair.rejected], max_length=max_length, rule=rule, bos=bos
     )
-    if begins and room > 1:
-        prompt = np.concatenate([pair.prompt[:1], prompt[1:]])
-    rest = max_length - room
-    return TokenizedPair(pair.id, prompt, pair.chosen[:rest], pair.rejected[:rest])
+    return TokenizedPair(pair.id, prompt, *completions)
 
 
-def _keep(pair: TokenizedPair, report: DataReport, sides: Sides) -> bool:
-    if not (len(pair.prompt) and all(len(getattr(pair, side)) for side in sides)):
+def _keep(cut: TokenizedPair | None, whole: TokenizedPair, report: DataReport, sides: Sides) -> bool:
+    """Whether the pair is used; counts what happened to it, and why."""
+    if _is_empty(whole, sides):
         report.empty += 1
-        return False
-    if sides == BOTH_SIDES and np.array_equal(pair.chosen, pair.rejected):
+    elif _is_identical(whole, sides):
         report.identical += 1
-        return False
-    return True
+    elif cut is None:
+        report.over_long += 1
+    elif _is_empty(cut, sides):
+        report.became_empty += 1
+    elif _is_identical(cut, sides):
+        report.became_identical += 1
+    else:
+        prompt_cut = len(cut.prompt) < len(whole.prompt)
+        completion_cut = cut.num_completion_tokens < whole.num_completion_tokens
+        report.truncated += prompt_cut or completion_cut
+        report.prompts_cut += prompt_cut
+        report.completions_cut += completion_cut
+        return True
+    return False
+
+
+def _is_empty(pair: TokenizedPair, sides: Sides) -> bool:
+    return not (len(pair.prompt) and all(len(getattr(pair, side)) for side in sides))
+
+
+def _is_identical(pair: TokenizedPair, sides: Sides) -> bool:
+    return sides == BOTH_SIDES and np.array_equal(pair.chosen, pair.rejected)
 
 
 def data_sha256(pairs: Sequence[TokenizedPair]) -> str:

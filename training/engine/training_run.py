@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from training.contract import Result, RunConfig
+from training.contract import DataCounts, Result, RunConfig, Split
 from training.engine.checkpoints import Identity, clean_leftovers, find_checkpoint, restore
+from training.engine.cutting import CutRule
 from training.engine.data import TokenizedPair, data_sha256, noun_of, read_pairs, tokenize_pairs
 from training.engine.errors import RefusedError
 from training.engine.events import EventLog
@@ -41,8 +42,15 @@ NOT_IDENTITY = {
 class Data:
     train: list[TokenizedPair]
     evaluation: list[TokenizedPair]
-    num_truncated: int
-    num_dropped: int
+    counts: dict[Split, DataCounts]  # of the splits that the run has
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(counts["truncated"] for counts in self.counts.values())
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(counts["dropped"] for counts in self.counts.values())
 
 
 def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> Result:
@@ -75,6 +83,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         num_eval_pairs=len(data.evaluation),
         num_truncated=data.num_truncated,
         num_dropped=data.num_dropped,
+        data=data.counts,
         device=placement.device.type,
         dtype=placement.dtype_name,
         reference=reference_sentence,
@@ -119,6 +128,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "config": dataclasses.asdict(config),
         "reference": reference_sentence,
         "loss": objective.sentence,
+        "data": data.counts,
         "data_sha256": loop.identity.data_sha256,
         "weights_sha256": policy.weights_sha256,
         "device": placement.device.type,
@@ -162,35 +172,50 @@ def reference_of(
 
 def prepare_data(config: RunConfig, tokenizer: Any, events: EventLog) -> Data:
     """Both files as token ids. Says what was cut and dropped; refuses when nothing is left."""
+    tokenized: dict[Split, list[TokenizedPair]] = {"train": [], "eval": []}
+    counts: dict[Split, DataCounts] = {}
+    files: dict[Split, tuple[str, str]] = {
+        "train": ("training", config.train_path),
+        "eval": ("validation", config.eval_path),
+    }
+    for split, (words, path) in files.items():
+        if path:
+            tokenized[split], counts[split] = prepare_split(config, tokenizer, events, Path(path), words)
+    return Data(tokenized["train"], tokenized["eval"], counts)
+
+
+def prepare_split(
+    config: RunConfig, tokenizer: Any, events: EventLog, path: Path, words: str
+) -> tuple[list[TokenizedPair], DataCounts]:
+    """One file as token ids, and what happened to its pairs. `words`: the split in a sentence."""
     sides = Objective(config).sides
     noun = noun_of(sides)
 
     def progress(done: int, total: int) -> None:
         events.phase("preparing_data", done=done, total=total, unit=f"{noun}s")
 
-    tokenized: dict[str, list[TokenizedPair]] = {"training": [], "validation": []}
-    truncated = dropped = 0
-    for split, path in (("training", config.train_path), ("validation", config.eval_path)):
-        if not path:
-            continue
-        pairs = read_pairs(Path(path), sides=sides)
-        if not pairs:
-            raise RefusedError(
-                f"There are no {split} {noun}s.", f"Prepare the dataset again, or add {noun}s to it."
-            )
-        tokenized[split], report = tokenize_pairs(
-            pairs, tokenizer, max_length=config.max_length, sides=sides, progress=progress
+    pairs = read_pairs(path, sides=sides)
+    if not pairs:
+        raise RefusedError(
+            f"There are no {words} {noun}s.", f"Prepare the dataset again, or add {noun}s to it."
         )
-        sentences = list(report.sentences(split, config.max_length))
-        for sentence in sentences:
-            events.log(sentence, "warning")
-        if not tokenized[split]:
-            raise RefusedError(
-                f"No {split} {noun} is left of {report.read}. {sentences[-1]}",
-                "Raise max_context_length, or correct the dataset.",
-            )
-        truncated, dropped = truncated + report.truncated, dropped + report.dropped
-    return Data(tokenized["training"], tokenized["validation"], truncated, dropped)
+    tokenized, report = tokenize_pairs(
+        pairs,
+        tokenizer,
+        max_length=config.side_length,
+        rule=CutRule.of(config),
+        sides=sides,
+        progress=progress,
+    )
+    sentences = list(report.sentences(words, config.side_length))
+    for sentence in sentences:
+        events.log(sentence, "warning")
+    if not tokenized:
+        raise RefusedError(
+            f"No {words} {noun} is left of {report.read}. {sentences[-1]}",
+            "Raise max_context_length, or correct the dataset.",
+        )
+    return tokenized, report.counts()
 
 
 def identity_of(config: RunConfig, pairs: list[TokenizedPair], policy: Policy) -> Identity:
