@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import build_tiny_model
-from training.engine import shared_attention
+from training.engine import attention_kernels, pair_layout
 from training.engine.data import TokenizedPair
 from training.engine.packed import choose_layout, packed_states, use_shared_prefix
 from training.engine.plain import padded_states
@@ -44,12 +44,11 @@ def states_and_gradient(model: Any, layout: Any, pairs: list[TokenizedPair]) -> 
     return states, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("kernel", ["cpu flash", "sdpa"])
+@pytest.mark.parametrize("kernel", ["flash", "matmul"])
 def test_packed_states_and_gradients_equal_padded_ones(
     model: Any, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kernel == "sdpa":
-        monkeypatch.setattr(shared_attention._CpuAttention, "apply", shared_attention._by_sdpa)
+    monkeypatch.setattr(attention_kernels, "choose_kernel", lambda *_, **__: kernel)
     pairs = some_pairs()
     packed, packed_gradient = states_and_gradient(model, packed_states, pairs)
     padded, padded_gradient = states_and_gradient(model, padded_states, pairs)
@@ -79,21 +78,10 @@ def test_the_layout_is_chosen_by_trying_it(model: Any, monkeypatch: pytest.Monke
     layout, reason = choose_layout(model.model, some_pairs(), CPU, dtype=torch.float64)
     assert layout is packed_states and reason == ""
 
-    def sees_everything(layout: Any, index: int, dtype: torch.dtype) -> torch.Tensor:
-        segment = layout.segments[index]
-        rows, prompt = segment.end - segment.chosen_end, segment.prompt_end - segment.start
-        return torch.zeros(rows, prompt + rows, dtype=dtype)
+    def sees_everything(_: Any, part: pair_layout.Part, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if part.causal else torch.zeros(part.queries.length, part.num_keys, dtype=dtype)
 
-    monkeypatch.setattr(shared_attention.PairLayout, "rejected_mask", sees_everything)
+    monkeypatch.setattr(pair_layout.PairLayout, "mask", sees_everything)
     layout, reason = choose_layout(model.model, some_pairs(), CPU, dtype=torch.float64)
     assert layout is padded_states
     assert "other hidden states" in reason
-
-
-def test_a_window_shorter_than_a_pair_takes_the_padded_layout(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model.model.config, "sliding_window", 8, raising=False)
-    layout, reason = choose_layout(model.model, some_pairs(), CPU, dtype=torch.float64)
-    assert layout is padded_states
-    assert "window of 8 tokens" in reason

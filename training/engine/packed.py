@@ -6,6 +6,7 @@ Positions of the rejected side continue the prompt, as if the chosen side were n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,17 @@ from transformers import PreTrainedModel
 
 from training.engine import shared_attention
 from training.engine.data import TokenizedPair
-from training.engine.plain import CompletionStates, Layout, labels_and_owners, padded_states
-from training.engine.shared_attention import LayoutError, PairLayout, Segment
+from training.engine.pair_layout import PairLayout, Segment
+from training.engine.plain import CompletionStates, Layout, labels_and_owners, padded_states, single_states
+from training.engine.shared_attention import LayoutError, watching
 
-# Two layouts agree when their hidden states differ by less, relative to their norm.
+# Two layouts agree when the hidden states of each completion differ by less, relative to their norm.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 COARSE_TOLERANCE = 0.05  # bf16
-CHECK_TOKENS = 96  # tokens of each part of the pair that the check looks at
+# Tokens of the pairs that are tried. Short sides: what leaks from one into the next is near its start.
+CHECK_PROMPT, CHECK_SIDE = 96, 32
+# Position embeddings whose frequencies follow the longest row of a forward, not the row itself.
+BATCH_ROPE = {"dynamic", "longrope"}
 
 
 def packed_states(
@@ -66,37 +71,83 @@ def use_shared_prefix(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def choose_layout(
-    decoder: nn.Module, pairs: Sequence[TokenizedPair], device: torch.device, *, dtype: torch.dtype
+    decoder: nn.Module,
+    pairs: Sequence[TokenizedPair],
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    expected: CompletionStates | None = None,
 ) -> tuple[Layout, str]:
-    """The packed layout when this model gives the same hidden states with it, else the padded one and why.
+    """The packed layout when this model gives the same hidden states with it, else a plain one and why.
 
-    Decided by trying, not by a list of names: two short pairs through both, compared after the final norm.
+    Decided by trying, not by a list of names: the masks that the model asks for are compared at the positions
+    of the longest pair, and two short pairs go through both layouts. `expected`: what the padded layout gives
+    for `tried(pairs)` by the model's own attention.
     """
-    sample = [
-        TokenizedPair(
-            pair.id, pair.prompt[:CHECK_TOKENS], pair.chosen[:CHECK_TOKENS], pair.rejected[:CHECK_TOKENS]
-        )
-        for pair in pairs[:2]
-    ]
-    longest = max(pairs, key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
-    window = getattr(getattr(decoder, "config", None), "sliding_window", None)
-    span = len(longest.prompt) + max(len(longest.chosen), len(longest.rejected))
-    if window is not None and span > window:
-        return (
-            padded_states,
-            f"its window of {window} tokens is shorter than the longest pair ({span})",
-        )
+    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+    reach = batch_rope_reach(decoder)
+    if reach is not None and longest > reach:
+        return single_states, f"its position embeddings change with the longest row beyond {reach} tokens"
+    sample = tried(pairs)
     was_training = decoder.training
-    decoder.eval()
     try:
-        packed = packed_states(decoder, sample, device).hidden.double()
-        padded = padded_states(decoder, sample, device).hidden.double()
+        reason = _watched(decoder, sample, device, longest)
+        if reason:
+            return padded_states, reason
+        decoder.eval()
+        packed = packed_states(decoder, sample, device)
+        padded = expected or padded_states(decoder, sample, device)
     except (LayoutError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        return padded_states, f"its attention does not take packed pairs ({error})"
+        return padded_states, f"its attention does not take packed pairs ({_first_line(error)})"
     finally:
         decoder.train(was_training)
-    difference = float((packed - padded).norm() / padded.norm().clamp_min(1e-12))
+    difference = _difference(packed, padded)
     limit = TOLERANCE.get(dtype, COARSE_TOLERANCE)
     if not difference <= limit:
         return padded_states, f"packed pairs gave other hidden states (relative difference {difference:.1e})"
     return packed_states, ""
+
+
+def tried(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """The pairs that a model is tried with."""
+    return [
+        TokenizedPair(
+            pair.id, pair.prompt[-CHECK_PROMPT:], pair.chosen[:CHECK_SIDE], pair.rejected[:CHECK_SIDE]
+        )
+        for pair in pairs[:2]
+    ]
+
+
+def batch_rope_reach(decoder: nn.Module) -> int | None:
+    """Up to how many tokens a row's position embeddings are its own; None = always."""
+    config: Any = getattr(decoder, "config", None)
+    settings = getattr(config, "rope_parameters", None) or {}
+    layers = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    reaches = [
+        int(layer.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for layer in layers
+        if layer.get("rope_type") in BATCH_ROPE
+    ]
+    return min(reaches, default=None)
+
+
+def _watched(decoder: nn.Module, pairs: Sequence[TokenizedPair], device: torch.device, longest: int) -> str:
+    """What the model asks of attention while training, seen on rows of a few tokens."""
+    short = [TokenizedPair(p.id, p.prompt[-1:], p.chosen[:1], p.rejected[:2]) for p in pairs]
+    decoder.train()
+    with watching() as watch:
+        padded_states(decoder, short, device)
+    return watch.reason(longest)
+
+
+def _difference(ours: CompletionStates, theirs: CompletionStates) -> float:
+    """Of the completion that differs most: norm of the difference over norm."""
+    squares = (ours.hidden - theirs.hidden).double().square().sum(-1)
+    sizes = theirs.hidden.double().square().sum(-1)
+    zeros = torch.zeros(ours.num_completions, dtype=torch.float64, device=squares.device)
+    ratios = zeros.index_add(0, ours.owner, squares) / zeros.index_add(0, ours.owner, sizes).clamp_min(1e-24)
+    return float(ratios.max().sqrt())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

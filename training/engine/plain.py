@@ -1,4 +1,4 @@
-"""The plain layout: each pair is two padded sequences. Right for every decoder; the measure of the others."""
+"""The plain layouts: each pair is two sequences, padded or alone. The measure of the others."""
 
 from __future__ import annotations
 
@@ -81,3 +81,18 @@ def padded_states(
     ]
     labels, owner = labels_and_owners(pairs, device)
     return CompletionStates(hidden, labels, owner, 2 * len(pairs))
+
+
+def single_states(
+    decoder: nn.Module, pairs: Sequence[TokenizedPair], device: torch.device
+) -> CompletionStates:
+    """Every sequence in a forward of its own: right even where a row's result depends on its neighbours."""
+    nothing = np.zeros(0, dtype=np.int32)
+    alone = [
+        padded_states(decoder, [TokenizedPair(pair.id, pair.prompt, side, nothing)], device).hidden
+        for pair in pairs
+        for side in (pair.chosen, pair.rejected)
+        if len(side)
+    ]
+    labels, owner = labels_and_owners(pairs, device)
+    return CompletionStates(torch.cat(alone), labels, owner, 2 * len(pairs))

@@ -19,7 +19,7 @@ from training.contract import RunConfig, file_sha256
 from training.engine.data import TokenizedPair
 from training.engine.errors import RefusedError
 from training.engine.logps import Head
-from training.engine.packed import choose_layout, use_shared_prefix
+from training.engine.packed import choose_layout, tried, use_shared_prefix
 from training.engine.plain import CompletionStates, Layout, padded_states
 
 POLICY, REFERENCE = "default", "reference"  # adapter names in peft
@@ -187,9 +187,11 @@ def use_fast_layout(policy: Policy, pairs: Sequence[TokenizedPair]) -> str:
     """Switch to packed pairs if the model gives the same with them. Says which layout runs, and why."""
     base, placement = policy.model.get_base_model(), policy.scorer.placement
     before = base.config._attn_implementation
-    use_shared_prefix(base)
+    decoder, device = policy.scorer.decoder, placement.device
     with policy.reference(), placement.autocast():
-        layout, reason = choose_layout(policy.scorer.decoder, pairs, placement.device, dtype=placement.dtype)
+        expected = padded_states(decoder, tried(pairs), device)
+        use_shared_prefix(base)
+        layout, reason = choose_layout(decoder, pairs, device, dtype=placement.dtype, expected=expected)
     policy.scorer.layout = layout
     if not reason:
         if any(len(pair.rejected) for pair in pairs):
@@ -215,7 +217,7 @@ def _load_base(config: RunConfig, placement: Placement) -> Any:
             config.model_path,
             config=settings,
             dtype=placement.dtype,
-            attn_implementation="eager" if capped else "sdpa",  # SDPA cannot cap
+            attn_implementation="eager" if capped else None,  # SDPA cannot cap; None: SDPA where it is right
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

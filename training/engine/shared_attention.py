@@ -1,116 +1,32 @@
-"""Attention over packed pairs: chosen and rejected both follow the one prompt and cannot see each other.
+"""Attention over packed pairs, as transformers' models call it: chosen and rejected cannot see each other.
 
-Registered with transformers under one name; a call without a layout (generation, the padded path) is plain
-SDPA. For a pair of prompt p, chosen c, rejected r lying as [p c r]: p and c are one causal sequence; r looks
-at p and, causally, at itself. This is prefix sharing as in arXiv 2410.20305, exact, without a T x T mask.
+Registered with transformers under one name. With a layout it is prefix sharing as in arXiv 2410.20305,
+exact, without a T x T mask; a call without one (generation, the padded path) is plain attention. Windows,
+soft-capped scores and sinks are what the layer asks for. `AttentionWatch` sees what else a model asks for.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from training.engine.attention_kernels import Scoring, attend_by_parts
+from training.engine.attention_varlen import attend_varlen, fits
+from training.engine.pair_layout import PairLayout
 
 NAME = "shared_prefix"
 
 
 class LayoutError(RuntimeError):
     """This model asks something of attention that packed pairs do not give; the padded path must run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """Where a pair lies in the row: prompt from start, chosen from prompt_end, rejected from chosen_end.
-
-    An SFT example has no rejected side: chosen_end == end.
-    """
-
-    start: int
-    prompt_end: int
-    chosen_end: int
-    end: int
-
-    @property
-    def longest_side(self) -> int:
-        prompt = self.prompt_end - self.start
-        return prompt + max(self.chosen_end - self.prompt_end, self.end - self.chosen_end)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PairLayout:
-    """The segments of one packed row, and what the kernels need of them, made once for all layers."""
-
-    segments: tuple[Segment, ...]
-    device: torch.device
-
-    @property
-    def longest_side(self) -> int:
-        return max(segment.longest_side for segment in self.segments)
-
-    @functools.cached_property
-    def masks(self) -> dict[tuple[int, torch.dtype], torch.Tensor]:
-        return {}
-
-    def rejected_mask(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive [R, P + R]: all of the prompt, and the rejected side causally."""
-        found = self.masks.get((index, dtype))
-        if found is None:
-            segment = self.segments[index]
-            rejected = segment.end - segment.chosen_end
-            prompt = segment.prompt_end - segment.start
-            blocked = torch.full((rejected, rejected), float("-inf"), dtype=dtype, device=self.device).triu_(
-                1
-            )
-            free = torch.zeros(rejected, prompt, dtype=dtype, device=self.device)
-            found = self.masks[index, dtype] = torch.cat([free, blocked], dim=1)
-        return found
-
-    @functools.cached_property
-    def varlen(self) -> VarlenIndex:
-        return VarlenIndex.of(self)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class VarlenIndex:
-    """Two variable-length calls: [p c] causal on itself, then r over [p r] aligned at the bottom right.
-
-    Without any rejected side (`queries_max` 0) there is no second call.
-    """
-
-    first: torch.Tensor  # token indices of all [p c]
-    first_cu: torch.Tensor  # cumulative lengths, int32
-    first_max: int
-    queries: torch.Tensor  # token indices of all r
-    queries_cu: torch.Tensor
-    queries_max: int
-    keys: torch.Tensor  # token indices of all [p r]
-    keys_cu: torch.Tensor
-    keys_max: int
-    back: torch.Tensor  # order of the row in cat(first, queries)
-
-    @classmethod
-    def of(cls, layout: PairLayout) -> VarlenIndex:
-        device = layout.device
-
-        def gathered(ranges: list[list[range]]) -> tuple[torch.Tensor, torch.Tensor, int]:
-            lengths = [sum(len(part) for part in parts) for parts in ranges]
-            tokens = [i for parts in ranges for part in parts for i in part]
-            index = torch.tensor(tokens, dtype=torch.int64, device=device)
-            ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-            return index, ends, max(lengths, default=0)
-
-        first = gathered([[range(s.start, s.chosen_end)] for s in layout.segments])
-        segments = [s for s in layout.segments if s.end > s.chosen_end]
-        queries = gathered([[range(s.chosen_end, s.end)] for s in segments])
-        keys = gathered([[range(s.start, s.prompt_end), range(s.chosen_end, s.end)] for s in segments])
-        back = torch.argsort(torch.cat([first[0], queries[0]]))
-        return cls(*first, *queries, *keys, back)
 
 
 def shared_prefix_attention(
@@ -125,167 +41,149 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """query [1, H, T, D], key and value [1, G, T, D] (H a multiple of G) -> [1, T, H, D]."""
+    """query [1, H, T, D], key [1, G, T, D], value [1, G, T, E] (H a multiple of G) -> [1, T, H, E]."""
+    watch = _watching.get()
+    if watch is not None:
+        watch.called(attention_mask, dropout, kwargs)
     if pair_layout is None:
+        return _plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if dropout or kwargs.get("position_bias") is not None:
+        raise LayoutError("attention with dropout or a bias of positions")
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for torch's own attention
+        lower = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(lower), key.to(lower), value.to(lower)
+    scoring = Scoring(
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        softcap=float(kwargs.get("softcap") or 0.0),
+        window=int(kwargs.get("sliding_window") or 0),
+    )
+    sinks = kwargs.get("s_aux")
+    if fits(query, value) and not scoring.softcap and sinks is None:
+        window = scoring.window if scoring.window < pair_layout.longest_side else 0
+        return attend_varlen(query, key, value, pair_layout, scale=scoring.scale, window=window), None
+    return attend_by_parts(query, key, value, pair_layout, scoring, sinks), None
+
+
+def _plain(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows without a layout: torch's attention, or scores written out where that cannot cap them."""
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    if softcap is None and sinks is None:
         result: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return result
-    window = kwargs.get("sliding_window")
-    if window is not None and pair_layout.longest_side > window:
-        raise LayoutError("a sliding window shorter than the pair")
-    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise LayoutError("attention with dropout, soft-capping or sinks")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if query.device.type == "cpu" and query.dtype == key.dtype == value.dtype:
-        output = _CpuAttention.apply(query, key, value, pair_layout, scale)  # type: ignore[no-untyped-call]
-    elif query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
-        output = _varlen(query, key, value, pair_layout.varlen, scale)
-    else:
-        output = _by_sdpa(query, key, value, pair_layout, scale)
-    return output, None
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is None and query.shape[2] > 1:  # the mask of a full causal row is left out
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
+        attention_mask = ones.tril(key.shape[2] - query.shape[2])
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    shares = scores.float().softmax(dim=-1) if scores.dtype != torch.float64 else scores.softmax(dim=-1)
+    shares = torch.nn.functional.dropout(shares[..., : key.shape[2]].to(value.dtype), p=dropout)
+    return (shares @ value).transpose(1, 2).contiguous(), None
 
 
-class _CpuAttention(torch.autograd.Function):
-    """Pair by pair through the flash kernel of the CPU, gradients written into one buffer each.
+def shared_prefix_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """torch's mask for rows without a layout; rows with one bring their own and do not come here."""
+    watch = _watching.get()
+    if watch is None:
+        return sdpa_mask(*args, **kwargs)
+    mask = sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False}))
+    watch.made(mask, kwargs["mask_function"])
+    return mask
 
-    Slices and `cat` under autograd would cost a full-size gradient per slice: O(pairs x T) instead of O(T).
-    Grouped heads need no copy of the keys: groups are the batch, a group's heads share keys by a stride of 0.
+
+MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass
+class AttentionWatch:
+    """What a model asks of attention in a row without a layout: windows, masks, dropout.
+
+    With a layout only what the layer hands to attention is known, so a mask that says more (chunks, a
+    window that the layer does not name, a mask of the model's own) would be lost without a word.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layout: PairLayout,
-        scale: float,
-    ) -> torch.Tensor:
-        heads, length, width = query.shape[1:]
-        groups = key.shape[1]
-        output = query.new_empty(1, length, heads, width)
-        target = _by_group(output, groups)  # [G, H/G, T, D]
-        q, (k, v) = query[0].view(groups, -1, *query.shape[2:]), (key[0][:, None], value[0][:, None])
-        sums = []
-        for index in range(len(layout.segments)):
-            for queries, keys, mask in _parts(layout, index, query.dtype):
-                part, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q[:, :, queries], _shared(k, keys, q), _shared(v, keys, q), 0.0, mask is None,
-                    attn_mask=mask, scale=scale,
-                )  # fmt: skip
-                target[:, :, queries] = part
-                sums.append(total)
-        ctx.save_for_backward(query, key, value, output, *sums)
-        ctx.layout, ctx.scale = layout, scale
-        return output
+    dropout: float = 0.0
+    biased: bool = False
+    calls: int = 0
+    _made: list[tuple[torch.Tensor | None, MaskFunction]] = dataclasses.field(default_factory=list)
+    _used: list[tuple[MaskFunction | None, int]] = dataclasses.field(default_factory=list)
 
-    @staticmethod
-    def backward(
-        ctx: Any, *gradients: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        query, key, value, output, *sums = ctx.saved_tensors
-        groups = key.shape[1]
-        q, (k, v) = query[0].view(groups, -1, *query.shape[2:]), (key[0][:, None], value[0][:, None])
-        out, grad = (_by_group(x, groups) for x in (output, gradients[0]))
-        grad_query, grad_key, grad_value = (
-            torch.empty_like(query),
-            torch.zeros_like(key),
-            torch.zeros_like(value),
-        )
-        target = grad_query[0].view(groups, -1, *query.shape[2:])
-        remaining = iter(sums)
-        for index in range(len(ctx.layout.segments)):
-            for queries, keys, mask in _parts(ctx.layout, index, query.dtype):
-                dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad[:, :, queries], q[:, :, queries], _shared(k, keys, q), _shared(v, keys, q),
-                    out[:, :, queries], next(remaining), 0.0, mask is None, attn_mask=mask, scale=ctx.scale,
-                )  # fmt: skip
-                target[:, :, queries] = dq
-                _add(grad_key, keys, dk)
-                _add(grad_value, keys, dv)
-        return grad_query, grad_key, grad_value, None, None
+    def made(self, mask: torch.Tensor | None, function: MaskFunction) -> None:
+        self._made.append((mask, function))
+
+    def called(self, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+        function = next((function for made, function in self._made if made is mask), None)
+        use = function, int(kwargs.get("sliding_window") or 0)
+        if use not in self._used:
+            self._used.append(use)
+        self.calls += 1
+        self.dropout = max(self.dropout, dropout)
+        self.biased |= kwargs.get("position_bias") is not None
+
+    def reason(self, longest: int) -> str:
+        """Why rows up to `longest` tokens cannot be packed; empty if nothing speaks against it."""
+        if not self.calls:
+            return "its attention is its own"
+        if self.dropout:
+            return "its attention has dropout"
+        if self.biased:
+            return "its attention has a bias of positions"
+        for function, window in self._used:
+            if function is None:
+                return "it makes its attention masks itself"
+            if not _is_causal(function, window, longest):
+                kind = f"other than a window of {window} tokens" if window else "not causal"
+                return f"its attention mask is {kind}"
+        return ""
 
 
-def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
-    """A view: [1, T, H, D] -> [G, H / G, T, D]."""
-    _, length, heads, width = tensor.shape
-    return tensor[0].reshape(length, groups, heads // groups, width).permute(1, 2, 0, 3)
+def _is_causal(function: MaskFunction, window: int, longest: int) -> bool:
+    """Does the mask allow, at each of these positions, exactly what comes before and the window reaches?"""
+    sample = sorted({*range(min(longest, 64)), *range(0, longest, max(1, longest // 64)), longest - 1})
+    queries = torch.tensor(sample)[:, None]
+    keys = torch.arange(longest)[None]
+    expected = keys <= queries
+    if window:
+        expected &= keys > queries - window
+    zero = torch.tensor(0)
+    try:
+        found = function(zero, zero, queries, keys)
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return False
+    return torch.equal(found.expand_as(expected), expected)
 
 
-Part = tuple[slice, tuple[slice, ...], torch.Tensor | None]
+_watching: contextvars.ContextVar[AttentionWatch | None] = contextvars.ContextVar("watching", default=None)
 
 
-def _parts(layout: PairLayout, index: int, dtype: torch.dtype) -> tuple[Part, ...]:
-    """The calls of a pair, two or one: which queries look at which keys, and the mask (None = causal)."""
-    s = layout.segments[index]
-    sequence, prompt = slice(s.start, s.chosen_end), slice(s.start, s.prompt_end)
-    rejected = slice(s.chosen_end, s.end)
-    first: Part = (sequence, (sequence,), None)
-    if s.end == s.chosen_end:
-        return (first,)
-    return first, (rejected, (prompt, rejected), layout.rejected_mask(index, dtype))
-
-
-def _shared(tensor: torch.Tensor, slices: tuple[slice, ...], like: torch.Tensor) -> torch.Tensor:
-    """[G, 1, T, D] -> the tokens of `slices`, seen by every head of the group without a copy per head."""
-    parts = [tensor[:, :, part] for part in slices]
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    return joined.expand(-1, like.shape[1], -1, -1)
-
-
-def _add(total: torch.Tensor, slices: tuple[slice, ...], gradient: torch.Tensor) -> None:
-    """Sum over the heads of a group and add where the keys came from."""
-    summed, done = gradient.sum(dim=1), 0
-    for part in slices:
-        length = part.stop - part.start
-        total[0, :, part] += summed[:, done : done + length]
-        done += length
-
-
-def _by_sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PairLayout, scale: float
-) -> torch.Tensor:
-    """The same by torch's own attention, for any device and dtype."""
-    rows = []
-    for index in range(len(layout.segments)):
-        for queries, keys, mask in _parts(layout, index, query.dtype):
-            k, v = (torch.cat([x[:, :, part] for part in keys], dim=2) for x in (key, value))
-            rows.append(
-                functional.scaled_dot_product_attention(
-                    query[:, :, queries],
-                    k,
-                    v,
-                    attn_mask=mask,
-                    is_causal=mask is None,
-                    scale=scale,
-                    enable_gqa=True,
-                )
-            )
-    return torch.cat(rows, dim=2).transpose(1, 2)
-
-
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, index: VarlenIndex, scale: float
-) -> torch.Tensor:
-    """Two calls of torch's variable-length flash attention; no mask, no padding."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    first = varlen_attn(
-        q[index.first], k[index.first], v[index.first], index.first_cu, index.first_cu,
-        index.first_max, index.first_max, scale=scale, window_size=(-1, 0), enable_gqa=True,
-    )  # fmt: skip
-    assert isinstance(first, torch.Tensor)  # noqa: S101
-    if not index.queries_max:
-        return first[index.back][None]
-    second = varlen_attn(
-        q[index.queries], k[index.keys], v[index.keys], index.queries_cu, index.keys_cu,
-        index.queries_max, index.keys_max, scale=scale, window_size=(-1, 0), enable_gqa=True,
-    )  # fmt: skip
-    assert isinstance(second, torch.Tensor)  # noqa: S101
-    return torch.cat([first, second])[index.back][None]
+@contextlib.contextmanager
+def watching() -> Iterator[AttentionWatch]:
+    watch = AttentionWatch()
+    token = _watching.set(watch)
+    try:
+        yield watch
+    finally:
+        _watching.reset(token)
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, shared_prefix_mask)
