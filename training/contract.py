@@ -30,6 +30,8 @@ RESULT_FILE = "result.json"
 STOP_FILE = "stop"
 CHECKPOINTS_DIR = "checkpoints"
 ADAPTER_DIR = "adapter"
+PAIRS_DIR = "pairs"  # step-000040.parquet: PAIR_COLUMNS
+WATCH_DIR = "watch"  # step-000040.jsonl: answers to the watch prompts
 
 # --- names inside a checkpoint directory -------------------------------------------------------------
 MANIFEST_FILE = "MANIFEST.json"
@@ -52,6 +54,29 @@ class ExitCode(enum.IntEnum):
 
 
 Split = Literal["train", "eval"]
+
+# Columns of pairs/step-000040.parquet: a row is a pair as it was at one moment. A file has the validation pairs of
+# the evaluation at its step, and the training pairs met since the file before. A key is (split, step, id).
+PAIR_COLUMNS: dict[str, str] = {
+    "id": "the pair's id in the data file",
+    "split": "train or eval",
+    "step": "optimizer steps done when policy, margin and loss were computed; a training pair's are those of the "
+    "gradient pass of the step after it, and at 0 the reference's, which the policy then is",
+    "dropout": "whether the adapter's dropout was on; always off in evaluation and at step 0",
+    "truncated": "whether the pair was cut to max_length",
+    "chosen_tokens": "completion tokens of the chosen answer",
+    "rejected_tokens": "completion tokens of the rejected answer",
+    "policy_chosen_logps": "log-probability under the policy, summed over completion tokens, nats",
+    "policy_rejected_logps": "the same of the rejected answer; null in SFT",
+    "policy_chosen_mean_logps": "the sum divided by the tokens",
+    "policy_rejected_mean_logps": "the same of the rejected answer",
+    "reference_chosen_logps": "under the reference, sum; null where the loss needs none",
+    "reference_rejected_logps": "the same of the rejected answer",
+    "reference_chosen_mean_logps": "the sum divided by the tokens",
+    "reference_rejected_mean_logps": "the same of the rejected answer",
+    "margin": "rewards/margins of this pair; null in SFT",
+    "loss": "this pair's share of the loss; the mean over a step's pairs is the step's loss",
+}
 
 # --- phases, in the order a run meets them ----------------------------------------------------------
 PHASES: dict[str, str] = {
@@ -220,6 +245,7 @@ class RunConfig:
     eval_steps: int = 0  # 0 = only before step 1 and at the end
     save_steps: int = 50
     save_seconds: float = 300.0
+    record_pairs: bool = True  # write pairs/*.parquet
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16
     gradient_checkpointing: str = "auto"  # auto | on | off

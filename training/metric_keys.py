@@ -27,6 +27,10 @@ class Metric:
     LOG_ODDS_RATIO = "log_odds_ratio"  # ORPO: log sigmoid of it, mean over pairs
     # Nats per completion token: exact over the vocabulary at evaluation (of KL_PAIRS pairs), an estimate in training.
     KL = "kl"
+    # Of the policy over the vocabulary, exact, mean over completion tokens of both sides, nats. At evaluation only:
+    # in a step it would cost another pass over every token's probabilities.
+    ENTROPY = "entropy"
+    TRUNCATED = "truncated"  # share of the pairs that were cut to max_length
     GRAD_NORM = "grad_norm"  # before clipping
     LEARNING_RATE = "learning_rate"
     EPOCH = "epoch"  # fraction of passes done
@@ -35,5 +39,6 @@ class Metric:
 
 
 EVAL_PREFIX = "eval_"
-# The exact divergence needs a second pass and the whole vocabulary: the first held-out pairs stand for all.
+# The exact divergence needs a second pass and the whole vocabulary: this many held-out pairs stand for all, those
+# whose digests sort first, so that neither the order of the file nor its length decides.
 KL_PAIRS = 64

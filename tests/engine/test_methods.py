@@ -62,12 +62,12 @@ def test_no_reference_is_computed_where_the_loss_needs_none(
 
 COMMON = {
     Metric.LOSS, Metric.REWARDS_CHOSEN, Metric.REWARDS_REJECTED, Metric.REWARDS_MARGINS,
-    Metric.REWARDS_ACCURACIES, Metric.LOGPS_CHOSEN, Metric.LOGPS_REJECTED, Metric.KL,
+    Metric.REWARDS_ACCURACIES, Metric.LOGPS_CHOSEN, Metric.LOGPS_REJECTED, Metric.KL, Metric.TRUNCATED,
 }  # fmt: skip
 OF_STEPS = {Metric.GRAD_NORM, Metric.LEARNING_RATE, Metric.EPOCH, Metric.NUM_TOKENS}
 ODDS = {Metric.LOG_ODDS_CHOSEN, Metric.LOG_ODDS_RATIO}
 DEFINED = [
-    (SFT, {Metric.LOSS, Metric.LOGPS_CHOSEN, Metric.NLL_LOSS}, COMMON | {Metric.NLL_LOSS}),
+    (SFT, {Metric.LOSS, Metric.LOGPS_CHOSEN, Metric.NLL_LOSS, Metric.TRUNCATED}, COMMON | {Metric.NLL_LOSS}),
     (ORPO, (COMMON | ODDS | {Metric.NLL_LOSS}) - {Metric.KL}, COMMON | ODDS | {Metric.NLL_LOSS}),
     (SIMPO, COMMON - {Metric.KL}, COMMON),
     (RPO, COMMON | {Metric.NLL_LOSS}, COMMON | {Metric.NLL_LOSS}),
@@ -83,8 +83,9 @@ def test_a_metric_that_a_method_does_not_define_is_null(
     train, held_out = run.points("train")[1], run.points("eval")[1]
     assert set(train) == keys | OF_STEPS
     assert {key for key, value in train.items() if value is not None} == defined | OF_STEPS
-    assert {key for key, value in held_out.items() if value is not None} == {f"eval_{k}" for k in defined}
-    assert set(held_out) == {f"eval_{key}" for key in keys}
+    found = {key for key, value in held_out.items() if value is not None}
+    assert found == {f"eval_{key}" for key in defined | {Metric.ENTROPY}}
+    assert set(held_out) == {f"eval_{key}" for key in keys | {Metric.ENTROPY}}
 
 
 def without_null(values: dict[str, Any]) -> dict[str, Any]:

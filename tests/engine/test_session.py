@@ -45,11 +45,11 @@ def test_the_metrics_are_those_of_the_contract(new_run: NewRun) -> None:
     assert run.train() == 0
     common = {
         Metric.LOSS, Metric.REWARDS_CHOSEN, Metric.REWARDS_REJECTED, Metric.REWARDS_MARGINS,
-        Metric.REWARDS_ACCURACIES, Metric.LOGPS_CHOSEN, Metric.LOGPS_REJECTED, Metric.KL,
+        Metric.REWARDS_ACCURACIES, Metric.LOGPS_CHOSEN, Metric.LOGPS_REJECTED, Metric.KL, Metric.TRUNCATED,
     }  # fmt: skip
     of_steps = {Metric.GRAD_NORM, Metric.LEARNING_RATE, Metric.EPOCH, Metric.NUM_TOKENS}
     assert set(run.points("train")[1]) == common | of_steps
-    assert set(run.points("eval")[0]) == {EVAL_PREFIX + key for key in common}
+    assert set(run.points("eval")[0]) == {EVAL_PREFIX + key for key in common | {Metric.ENTROPY}}
 
 
 def test_phases_come_in_the_order_of_the_contract(new_run: NewRun) -> None:

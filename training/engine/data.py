@@ -35,6 +35,7 @@ class TokenizedPair:
     prompt: Ids
     chosen: Ids
     rejected: Ids
+    truncated: bool = False  # cut to max_length
 
     @property
     def num_tokens(self) -> int:
@@ -145,10 +146,9 @@ def _split_completions(name: str, prompt: list[int], *with_completion: list[int]
     start = np.array(prompt, dtype=np.int32)
     wholes = [np.array(sequence, dtype=np.int32) for sequence in with_completion]
     shared = min(_common_prefix(start, whole) for whole in wholes)
-    completions = [whole[shared:] for whole in wholes]
-    if len(completions) == 1:
-        completions.append(np.array([], dtype=np.int32))
-    return TokenizedPair(name, start[:shared], *completions)
+    chosen, *rest = [whole[shared:] for whole in wholes]
+    rejected = rest[0] if rest else np.array([], dtype=np.int32)
+    return TokenizedPair(name, start[:shared], chosen, rejected)
 
 
 def _common_prefix(left: Ids, right: Ids) -> int:
@@ -166,10 +166,10 @@ def cut_pair(
         return pair
     if rule.mode == "drop":
         return None
-    prompt, completions = cut_sides(
+    prompt, (chosen, rejected) = cut_sides(
         pair.prompt, [pair.chosen, pair.rejected], max_length=max_length, rule=rule, bos=bos
     )
-    return TokenizedPair(pair.id, prompt, *completions)
+    return TokenizedPair(pair.id, prompt, chosen, rejected, truncated=True)
 
 
 def _keep(cut: TokenizedPair | None, whole: TokenizedPair, report: DataReport, sides: Sides) -> bool:

@@ -1,4 +1,4 @@
-"""The held-out pairs under the policy: metrics as in training, and the exact KL where there is a reference."""
+"""The held-out pairs under the policy: metrics as in training, entropy, and the exact KL to a reference."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 
 from training.contract import KL_PAIRS
 from training.engine.data import TokenizedPair, length_sorted_batches
-from training.engine.logps import exact_kl, token_logps
+from training.engine.distribution import token_statistics
 from training.engine.metrics import Window, as_evaluation
 from training.engine.objective import Objective, PairLogps, mean_chosen_tokens
+from training.engine.pair_record import PairRecord
 from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps, token_budget
 
@@ -30,30 +31,46 @@ class Evaluator:
         self._policy, self._reference, self._objective = policy, reference, objective
         self._tokens_per_pair = mean_chosen_tokens(pairs) if pairs else 0.0
         budget = token_budget(policy.scorer.placement)
+        by_digest = sorted(pairs, key=TokenizedPair.digest)
         # Pairs with the divergence come in their own batches: each batch has both passes or one.
         self._batches = [
             (batch, with_kl)
-            for part, with_kl in ((pairs[:KL_PAIRS], reference is not None), (pairs[KL_PAIRS:], False))
+            for part, with_kl in (
+                (by_digest[:KL_PAIRS], reference is not None),
+                (by_digest[KL_PAIRS:], False),
+            )
             for batch in length_sorted_batches(part, budget=budget)
         ]
         self._kept: dict[int, torch.Tensor] = {}
         self._room = KEEP_BYTES
 
-    def evaluate(self, progress: Callable[[int], None]) -> dict[str, float | None]:
-        """Values under `eval_` keys. `progress` gets the pairs done, and may raise to leave."""
-        window, done = Window(self._objective), 0
+    def evaluate(
+        self, progress: Callable[[int], None], *, record: PairRecord, step: int
+    ) -> dict[str, float | None]:
+        """Values under `eval_` keys; each pair's go to the record, as of `step`.
+
+        `progress` gets the pairs done, and may raise to leave.
+        """
+        window, done, rows = Window(self._objective), 0, []
         for number, (batch, with_kl) in enumerate(self._batches):
+            theirs = self._reference_hidden(number, batch) if with_kl else None
             with self._policy.inference():
                 states = self._policy.scorer(batch)
-                tokens = token_logps(states.hidden, states.labels, self._policy.head)
-            before = None if self._reference is None else self._reference.token_logps(batch, tokens.device)
-            logps = PairLogps.of(states, tokens, before)
-            window.add(self._objective.losses(logps, tokens_per_pair=self._tokens_per_pair), logps)
-            if with_kl:
-                theirs = self._reference_hidden(number, batch)
-                window.add_kl(exact_kl(states.hidden, theirs, self._policy.head))
+                tokens = token_statistics(states.hidden, states.labels, self._policy.head, theirs)
+            before = (
+                None if self._reference is None else self._reference.token_logps(batch, tokens.logps.device)
+            )
+            logps = PairLogps.of(states, tokens.logps, before)
+            losses = self._objective.losses(logps, tokens_per_pair=self._tokens_per_pair)
+            window.add(losses, logps, truncated=sum(pair.truncated for pair in batch))
+            window.add_entropy(tokens.entropies)
+            if tokens.divergences is not None:
+                window.add_kl(tokens.divergences)
+            rows.append((batch, logps, losses))
             done += len(batch)
             progress(done)
+        for batch, logps, losses in rows:  # only now: half an evaluation is none
+            record.add("eval", step, batch, logps, losses)
         return as_evaluation(window.values())
 
     def _reference_hidden(self, number: int, batch: Sequence[TokenizedPair]) -> torch.Tensor:

@@ -53,7 +53,7 @@ def log_partition(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return highest + total.log(), exponentials.div_(total)
 
 
-def _chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def row_chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.split(tensor, CHUNK_ROWS)
 
 
@@ -63,7 +63,7 @@ class _TokenLogps(torch.autograd.Function):
         values, slopes = [], []
         wants_gradient = ctx.needs_input_grad[0]
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, targets in zip(_chunks(hidden), _chunks(labels), strict=True):
+            for rows, targets in zip(row_chunks(hidden), row_chunks(labels), strict=True):
                 logits = head.logits(rows)
                 partition, probabilities = log_partition(logits)
                 picked = logits.gather(-1, targets[:, None])
@@ -96,20 +96,6 @@ def sum_by_owner(values: torch.Tensor, owner: torch.Tensor, count: int) -> torch
     """
     total = torch.zeros(count, dtype=torch.float64, device=values.device)
     return total.index_add(0, owner, values.double())
-
-
-@torch.no_grad()
-def exact_kl(policy: torch.Tensor, reference: torch.Tensor, head: Head) -> torch.Tensor:
-    """KL(policy || reference) over the whole vocabulary at each position: hidden [C, H] twice -> [C]."""
-    values = []
-    with torch.autocast(policy.device.type, enabled=False):
-        for ours, theirs in zip(_chunks(policy), _chunks(reference), strict=True):
-            logits, other = head.logits(ours), head.logits(theirs)
-            partition, probabilities = log_partition(logits)
-            other_partition, _ = log_partition(other)
-            ratios = (logits - partition) - (other - other_partition)
-            values.append((probabilities * ratios).sum(dim=-1))
-    return torch.cat(values)
 
 
 def sampled_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from training.engine.logps import token_logps
 from training.engine.metrics import Window
 from training.engine.objective import Objective, PairLogps, mean_chosen_tokens
 from training.engine.order import Order
+from training.engine.pair_record import PairRecord
 from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps
 
@@ -73,6 +74,7 @@ class Loop:
         self.state = RunState()
         self.objective = Objective(config)
         self.evaluator = Evaluator(policy, evaluation, reference, self.objective)
+        self.record = PairRecord(run_dir, self.objective, wanted=config.record_pairs)
         self.accelerator = Accelerator(cpu=policy.scorer.placement.device.type == "cpu")
         self.scorer = self.accelerator.prepare_model(policy.scorer)
         self.trainable = policy.trainable
@@ -90,6 +92,7 @@ class Loop:
         A stop that was asked for before the first step lets that one be taken: then there is a model to keep.
         """
         self.policy.model.train()
+        self._record_start()
         try:
             while True:
                 self.interrupts.check()
@@ -150,7 +153,8 @@ class Loop:
             for pairs in within_budget([self.train[index] for index in indices], budget=self.budget):
                 losses, logps = self.score(pairs, tokens_per_pair)
                 self.accelerator.backward(losses.sum() / num_pairs)
-                window.add(losses, logps)
+                window.add(losses, logps, truncated=sum(pair.truncated for pair in pairs))
+                self.record.add("train", step, pairs, logps, losses, dropout=self.config.lora_dropout > 0)
                 window.add_sampled_kl(logps)
                 num_tokens += sum(pair.num_tokens for pair in pairs)
                 self._say_progress()  # a step may take an hour: whoever watches must not take it for a hang
@@ -206,7 +210,8 @@ class Loop:
             self.interrupts.check()
 
         progress(0)
-        values = self.evaluator.evaluate(progress)
+        values = self.evaluator.evaluate(progress, record=self.record, step=self.state.step)
+        self.record.flush(self.state.step)
         self.events.metrics("eval", self.state.step, values)
         self.state.last_evaluation = {key: finite(value) for key, value in values.items()}
         if self.state.step == 0:
@@ -220,7 +225,13 @@ class Loop:
         on_time = time.monotonic() - self._saved >= self.config.save_seconds
         return on_time or step % self.config.save_steps == 0 or step >= self.order.total_steps
 
+    def _record_start(self) -> None:
+        if self.state.step == 0 and self.reference is not None:
+            self.record.add_start((self.train[i] for i in self.order.pairs_met()), self.reference)
+            self.record.flush(0)
+
     def _checkpoint(self) -> None:
+        self.record.flush(self.state.step)  # before: what the checkpoint has behind it is on disk
         now = time.monotonic()
         state = dataclasses.replace(self.state, seconds=round(self.state.seconds + now - self._started, 3))
         path = save_checkpoint(

@@ -13,19 +13,22 @@ from training.engine.objective import Objective, PairLogps
 
 @dataclasses.dataclass
 class Window:
-    """Every value is a mean over the pairs of the window; `kl` and `nll_loss` are means over tokens."""
+    """Values are means over the pairs of the window; `kl`, `entropy` and `nll_loss` are means over tokens."""
 
     objective: Objective
     num_pairs: int = 0
     kl_tokens: int = 0
+    entropy_tokens: int = 0
+    truncated: int = 0  # pairs that were cut to max_length
     _keys: tuple[str, ...] = ()
     _sums: torch.Tensor | None = None  # on the device, so that adding does not wait for it
     _nll: torch.Tensor | None = None  # sum over chosen tokens, and their number
     _kl: torch.Tensor | None = None
+    _entropy: torch.Tensor | None = None
 
     @torch.no_grad()
-    def add(self, losses: torch.Tensor, logps: PairLogps) -> None:
-        """Losses [B] of one micro-batch and its log-probabilities."""
+    def add(self, losses: torch.Tensor, logps: PairLogps, *, truncated: int = 0) -> None:
+        """Losses [B] of one micro-batch, its log-probabilities, and how many of its pairs were cut."""
         columns = {Metric.LOSS: losses} | self.objective.pair_metrics(logps)
         sums = torch.stack([column.detach().double().sum() for column in columns.values()])
         self._sums = sums if self._sums is None else self._sums + sums
@@ -34,12 +37,19 @@ class Window:
             nll = torch.stack([-logps.policy_chosen.detach().sum(), logps.chosen_lengths.sum()])
             self._nll = nll if self._nll is None else self._nll + nll
         self.num_pairs += len(losses)
+        self.truncated += truncated
 
     def add_kl(self, tokens: torch.Tensor) -> None:
         """Divergences [C] of completion tokens, exact or estimated."""
         total = tokens.detach().double().sum()
         self._kl = total if self._kl is None else self._kl + total
         self.kl_tokens += len(tokens)
+
+    def add_entropy(self, tokens: torch.Tensor) -> None:
+        """Entropies [C] of completion tokens."""
+        total = tokens.detach().double().sum()
+        self._entropy = total if self._entropy is None else self._entropy + total
+        self.entropy_tokens += len(tokens)
 
     def add_sampled_kl(self, logps: PairLogps) -> None:
         if logps.reference_tokens is not None:
@@ -53,6 +63,9 @@ class Window:
         if self._nll is not None:
             total, tokens = self._nll.tolist()
             result[Metric.NLL_LOSS] = total / tokens
+        if self._entropy is not None:
+            result[Metric.ENTROPY] = float(self._entropy) / self.entropy_tokens
+        result[Metric.TRUNCATED] = self.truncated / self.num_pairs
         if self._kl is not None:
             result[Metric.KL] = float(self._kl) / self.kl_tokens
         return result | dict.fromkeys(self.objective.undefined_metrics)

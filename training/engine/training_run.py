@@ -26,6 +26,7 @@ from training.engine.order import Order
 from training.engine.outputs import fingerprint, peak_memory_bytes, save_adapter, versions
 from training.engine.policy import Placement, Policy, load_policy, load_tokenizer, use_fast_layout
 from training.engine.reference import ReferenceLogps, score_reference
+from training.engine.step_files import continue_files
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 NOT_IDENTITY = {
     "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name",
     "reference_cache_dir", "resume_from", "eval_steps", "save_steps", "save_seconds", "device", "dtype",
-    "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "record_pairs",
 }  # fmt: skip
 
 
@@ -232,11 +233,13 @@ def resume(loop: Loop, config: RunConfig, run_dir: Path, events: EventLog) -> No
         run_dir, config.resume_from, loop.identity, say=lambda text: events.log(text, "warning")
     )
     if loaded is None:
+        continue_files(run_dir, run_dir, step=-1)
         if config.resume_from:
             events.log("No earlier checkpoint can be used: training starts from the beginning.", "warning")
         return
     restore(loaded, loop.policy.trainable, loop.optimizer)
     loop.state = RunState(**loaded.state)
+    continue_files(run_dir, loaded.path.parent.parent, step=loaded.step)
     events.log(f"Continued from the checkpoint of step {loaded.step}.")
     changed = sorted(key for key, value in loop.fingerprint.items() if loaded.fingerprint.get(key) != value)
     if changed:
