@@ -220,6 +220,7 @@ class RunConfig:
     rpo_alpha: float = 0.0  # DPO: weight of the NLL of the chosen answers, per token
     simpo_gamma: float = 0.0  # above 0: SimPO, so no reference, and log-probabilities per token
     dpo_normalize_logratios_by_length: bool = False
+    router_aux_loss_coef: float | None = None  # mixtures of experts: None = the model's own, 0 = none
 
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 2

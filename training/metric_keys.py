@@ -25,6 +25,9 @@ class Metric:
     NLL_LOSS = "nll_loss"  # -log p per chosen token, nats; only where it is part of the loss
     LOG_ODDS_CHOSEN = "log_odds_chosen"  # ORPO: log odds ratio of chosen over rejected, mean over pairs
     LOG_ODDS_RATIO = "log_odds_ratio"  # ORPO: log sigmoid of it, mean over pairs
+    AUX_LOSS = (
+        "aux_loss"  # mixtures of experts: imbalance of the routers, before its coefficient; training only
+    )
     # Nats per completion token: exact over the vocabulary at evaluation (of KL_PAIRS pairs), an estimate in training.
     KL = "kl"
     # Of the policy over the vocabulary, exact, mean over completion tokens of both sides, nats. At evaluation only:

@@ -32,6 +32,13 @@ def check_numbers(config: RunConfig) -> None:
     ):  # fmt: skip
         if not low <= getattr(config, name) <= high:
             raise ConfigError(f"{name} must be from {low} to {high}, found {getattr(config, name)!r}.")
+    coefficient = config.router_aux_loss_coef
+    if coefficient is not None and not (
+        isinstance(coefficient, (int, float)) and math.isfinite(coefficient) and coefficient >= 0
+    ):
+        raise ConfigError(
+            f"router_aux_loss_coef must be 0, a number above it, or left out, found {coefficient!r}."
+        )
 
 
 # Settings that only DPO reads.

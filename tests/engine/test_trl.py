@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 BETA = 0.3
 
 
-def trl_trainer(model: Path, count: int, folder: Path) -> Any:
+def trl_trainer(model: Path, count: int, folder: Path, **changes: Any) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
@@ -29,6 +29,7 @@ def trl_trainer(model: Path, count: int, folder: Path) -> Any:
     settings = DPOConfig(
         output_dir=str(folder), beta=BETA, per_device_train_batch_size=count, use_cpu=True, bf16=False,
         gradient_checkpointing=False, report_to=[], max_length=None, learning_rate=1e-3,
+        **changes,
     )  # fmt: skip
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -26,6 +27,7 @@ from training.engine.order import Order
 from training.engine.pair_record import PairRecord
 from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps
+from training.engine.routing import LoadBalance
 
 NONFINITE_LIMIT = 3
 # Tokens of a forward with gradient. A CPU is no faster with more of them, and their activations fill its memory.
@@ -77,6 +79,7 @@ class Loop:
         self.record = PairRecord(run_dir, self.objective, wanted=config.record_pairs)
         self.accelerator = Accelerator(cpu=policy.scorer.placement.device.type == "cpu")
         self.scorer = self.accelerator.prepare_model(policy.scorer)
+        self.balance = LoadBalance.of(policy.scorer, config.router_aux_loss_coef)
         self.trainable = policy.trainable
         self.budget = TRAIN_BUDGET[policy.scorer.placement.device.type]
         self.optimizer = torch.optim.AdamW(
@@ -123,7 +126,8 @@ class Loop:
         tokens = token_logps(states.hidden, states.labels, self.policy.head)
         before = None if self.reference is None else self.reference.token_logps(pairs, tokens.device)
         logps = PairLogps.of(states, tokens, before)
-        return self.objective.losses(logps, tokens_per_pair=tokens_per_pair), logps
+        losses = self.objective.losses(logps, tokens_per_pair=tokens_per_pair)
+        return (losses if self.balance is None else self.balance.added(losses, states.routing)), logps
 
     def _schedule(self) -> Callable[[int], float]:
         """Share of the highest learning rate at a step (0-based). A function: nothing to restore."""
@@ -149,8 +153,12 @@ class Loop:
         tokens_per_pair = mean_chosen_tokens([self.train[i] for indices in micro_batches for i in indices])
         window, num_tokens = Window(self.objective), 0
         for micro_step, indices in enumerate(micro_batches):
-            self.order.reseed_dropout(step, micro_step)
-            for pairs in within_budget([self.train[index] for index in indices], budget=self.budget):
+            reseed = functools.partial(self.order.reseed_dropout, step, micro_step)
+            reseed()
+            batch = list(within_budget([self.train[index] for index in indices], budget=self.budget))
+            if self.balance is not None:
+                self.balance.begin(batch, self.scorer, reseed)
+            for pairs in batch:
                 losses, logps = self.score(pairs, tokens_per_pair)
                 self.accelerator.backward(losses.sum() / num_pairs)
                 window.add(losses, logps, truncated=sum(pair.truncated for pair in pairs))
@@ -161,6 +169,8 @@ class Loop:
         limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
         norm = float(self.accelerator.clip_grad_norm_(self.trainable.values(), limit))
         values = window.values()
+        if self.balance is not None:
+            values |= self.balance.values()
         usable = math.isfinite(norm) and finite(values[Metric.LOSS]) is not None
         if usable:
             for group in self.optimizer.param_groups:

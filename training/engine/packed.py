@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 from training.engine import shared_attention
 from training.engine.data import TokenizedPair
 from training.engine.pair_layout import PairLayout, Segment
-from training.engine.plain import CompletionStates, Layout, labels_and_owners, padded_states, single_states
+from training.engine.plain import (
+    CompletionStates,
+    Layout,
+    labels_and_owners,
+    padded_states,
+    routing_of,
+    single_states,
+)
 from training.engine.shared_attention import LayoutError, watching
 
 # Two layouts agree when the hidden states of each completion differ by less, relative to their norm.
@@ -32,13 +39,14 @@ def packed_states(
     decoder: nn.Module, pairs: Sequence[TokenizedPair], device: torch.device
 ) -> CompletionStates:
     """One row [prompt chosen rejected | prompt chosen rejected | …] of B pairs; rejected may be empty."""
-    segments, positions, predicting = [], [], []
+    segments, positions, predicting, counts = [], [], [], []
     start = 0
     for pair in pairs:
         prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
         segment = Segment(start, start + prompt, start + prompt + chosen, start + prompt + chosen + rejected)
         segments.append(segment)
         positions += [np.arange(prompt + chosen), np.arange(prompt, prompt + rejected)]
+        counts += [np.full(prompt, 2 if rejected else 1), np.ones(chosen + rejected)]
         # The prompt's last token predicts the first token of either side; a side's last predicts none.
         predicting.append(np.arange(segment.prompt_end - 1, segment.chosen_end - 1))
         if rejected:
@@ -60,8 +68,9 @@ def packed_states(
         use_cache=False,
         pair_layout=PairLayout(tuple(segments), device),
     )
-    labels, owner = labels_and_owners(pairs, device)
-    return CompletionStates(outputs.last_hidden_state[0, tensor(predicting)], labels, owner, 2 * len(pairs))
+    hidden = outputs.last_hidden_state[0, tensor(predicting)]
+    routing = routing_of(decoder, outputs, tensor(counts))  # a prompt counts as often as it has answers
+    return CompletionStates(hidden, *labels_and_owners(pairs, device), 2 * len(pairs), routing)
 
 
 def use_shared_prefix(model: PreTrainedModel) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from training.engine.data import TokenizedPair
+from training.engine.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class CompletionStates:
     labels: torch.Tensor  # [C] the token each of them predicts
     owner: torch.Tensor  # [C] which of the 2 * B completions it belongs to
     num_completions: int
+    routing: Routing | None = None  # of a mixture of experts, where it was asked for
 
 
 class Layout(Protocol):
@@ -80,7 +83,13 @@ def padded_states(
         tensor(np.concatenate(row_index)), tensor(np.concatenate(column_index))
     ]
     labels, owner = labels_and_owners(pairs, device)
-    return CompletionStates(hidden, labels, owner, 2 * len(pairs))
+    routing = routing_of(decoder, outputs, tensor(mask).flatten())
+    return CompletionStates(hidden, labels, owner, 2 * len(pairs), routing)
+
+
+def routing_of(decoder: nn.Module, outputs: Any, weights: torch.Tensor) -> Routing | None:
+    """Of a forward whose tokens count `weights` [B * T] times."""
+    return Routing.of(outputs, weights, getattr(decoder.config, "num_experts_per_tok", 0) or 0)
 
 
 def single_states(
@@ -89,10 +98,13 @@ def single_states(
     """Every sequence in a forward of its own: right even where a row's result depends on its neighbours."""
     nothing = np.zeros(0, dtype=np.int32)
     alone = [
-        padded_states(decoder, [TokenizedPair(pair.id, pair.prompt, side, nothing)], device).hidden
+        padded_states(decoder, [TokenizedPair(pair.id, pair.prompt, side, nothing)], device)
         for pair in pairs
         for side in (pair.chosen, pair.rejected)
         if len(side)
     ]
     labels, owner = labels_and_owners(pairs, device)
-    return CompletionStates(torch.cat(alone), labels, owner, 2 * len(pairs))
+    routings = [states.routing for states in alone if states.routing is not None]
+    routing = functools.reduce(Routing.joined, routings) if routings else None
+    hidden = torch.cat([states.hidden for states in alone])
+    return CompletionStates(hidden, labels, owner, 2 * len(pairs), routing)

@@ -21,6 +21,7 @@ from training.engine.errors import RefusedError
 from training.engine.logps import Head
 from training.engine.packed import choose_layout, tried, use_shared_prefix
 from training.engine.plain import CompletionStates, Layout, padded_states
+from training.engine.routing import recorded_routing
 
 POLICY, REFERENCE = "default", "reference"  # adapter names in peft
 CHECKPOINTING_FROM = 1_000_000_000  # parameters; below, activations of a micro-batch are small
@@ -71,13 +72,14 @@ class Scorer(nn.Module):
         self._decoder = [decoder]  # in a list, for it is a submodule of the model already
         self.layout = layout
         self.placement = placement
+        self.routed = False  # record what a mixture's routers decide
 
     @property
     def decoder(self) -> nn.Module:
         return self._decoder[0]
 
     def forward(self, pairs: Sequence[TokenizedPair]) -> CompletionStates:
-        with self.placement.autocast():
+        with self.placement.autocast(), recorded_routing(self.decoder, self.routed):
             return self.layout(self.decoder, pairs, self.placement.device)
 
 
