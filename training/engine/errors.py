@@ -9,6 +9,9 @@ from training.contract import ExitCode, RunConfig
 from training.run_checks import ConfigError
 
 
+CRASH = 1  # the exit code of what was not understood
+
+
 class EngineError(Exception):
     """An end of the run that was understood. The sentence and the next step are for the person."""
 
@@ -79,7 +82,7 @@ def explain(error: BaseException, config: RunConfig | None) -> Explanation:
     return Explanation(
         f"The engine stopped on an unexpected {type(error).__name__}.",
         "The last lines of the log say where; retrying goes on from the last checkpoint.",
-        1,
+        CRASH,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TextIO, cast
 
 from training.contract import EVENTS_FILE, LOG_FILE, Event, PlanEvent, Split
 
+LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PHASE_INTERVAL = 0.5  # seconds between two phase events of the same phase
 
 logger = logging.getLogger(__name__)
@@ -78,17 +79,38 @@ class EventLog:
         self.write({"type": "log", "time": time.time(), "level": level, "text": text})
 
 
+class LoggedEvents(EventLog):
+    """For commands beside a run: its events.jsonl is left alone, sentences go to the log only."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._phase_time = 0.0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def write(self, event: Event) -> None:
+        pass
+
+
+def log_handler(run_dir: Path) -> logging.FileHandler:
+    """Lines for engine.log, not yet added to a logger."""
+    handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(LINE))
+    return handler
+
+
 def open_log(run_dir: Path) -> TextIO:
     """Every logger's lines, Python warnings and the stacks of a crash go to engine.log. Returns it."""
-    handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(formatter)
+    handler = log_handler(run_dir)
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(handler)
     if sys.stderr.isatty():
         terminal = logging.StreamHandler()
-        terminal.setFormatter(formatter)
+        terminal.setFormatter(logging.Formatter(LINE))
         root.addHandler(terminal)
     for noisy in ("httpx", "urllib3", "fsspec", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -38,13 +38,14 @@ class Interrupts:
 
     def install(self, log_stream: TextIO) -> None:
         """SIGTERM, Ctrl-C: finish the step. SIGUSR1: all stacks to the log. End of stdin: the parent died."""
-        signal.signal(signal.SIGTERM, self._on_terminate)
-        signal.signal(signal.SIGINT, self._on_terminate)
+        signal.signal(signal.SIGTERM, self.terminate)
+        signal.signal(signal.SIGINT, self.terminate)
         faulthandler.register(signal.SIGUSR1, file=log_stream, all_threads=True)
         if os.environ.get(PARENT_PIPE_VARIABLE) == "1":
             threading.Thread(target=_exit_at_end_of_stdin, name="parent-watch", daemon=True).start()
 
-    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+    def terminate(self, number: int, frame: FrameType | None) -> None:
+        """A signal's handler: nothing happens in it, the steps ask."""
         self.terminated = True
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from training.contract import RESULT_FILE, ExitCode, Result, RunConfig, write_atomically
-from training.engine.errors import InterruptedRunError, explain
+from training.engine.errors import CRASH, EngineError, Explanation, InterruptedRunError, explain
 from training.engine.events import EventLog, open_log
 from training.engine.interrupts import Interrupts
 from training.engine.preflight import check_config
@@ -30,6 +30,25 @@ def main(run_dir: Path) -> int:
 
 def run(run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> int:
     """Train and write result.json; every end is told there in words. Returns the exit code."""
+    explanation, _ = _attempt(run_dir, events, interrupts)
+    return explanation.exit_code if explanation else ExitCode.OK
+
+
+def run_or_raise(run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> None:
+    """The same for Python: what was understood is an `EngineError`, anything else what it was."""
+    explanation, error = _attempt(run_dir, events, interrupts)
+    if explanation is None or error is None:
+        return
+    if isinstance(error, EngineError) or explanation.exit_code == CRASH:
+        raise error
+    understood = EngineError(explanation.sentence, explanation.next_step)
+    understood.exit_code = ExitCode(explanation.exit_code)
+    raise understood from error
+
+
+def _attempt(
+    run_dir: Path, events: EventLog, interrupts: Interrupts
+) -> tuple[Explanation | None, Exception | None]:
     started = time.monotonic()
     config: RunConfig | None = None
     (run_dir / RESULT_FILE).unlink(missing_ok=True)
@@ -41,14 +60,14 @@ def run(run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> int:
         from training.engine.training_run import train  # torch from here on
 
         _write_result(run_dir, train(config, run_dir, events=events, interrupts=interrupts))
-        return ExitCode.OK
+        return None, None
     except Exception as error:
-        return _failed(error, config, run_dir, events, time.monotonic() - started)
+        return _failed(error, config, run_dir, events, time.monotonic() - started), error
 
 
 def _failed(
     error: Exception, config: RunConfig | None, run_dir: Path, events: EventLog, seconds: float
-) -> int:
+) -> Explanation:
     explanation = explain(error, config)
     interrupted = isinstance(error, InterruptedRunError)
     logger.log(logging.INFO if interrupted else logging.ERROR, explanation.sentence, exc_info=error)
@@ -63,7 +82,7 @@ def _failed(
     with contextlib.suppress(OSError):  # a full disk must not hide the exit code
         events.log(explanation.sentence, "info" if interrupted else "error")
         _write_result(run_dir, result)
-    return explanation.exit_code
+    return explanation
 
 
 def _write_result(run_dir: Path, result: Result) -> None:
