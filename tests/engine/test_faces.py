@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from tests.engine.conftest import NewRun, RunFolder, run_maker
 from tests.tiny import build_tiny_model, build_tiny_pairs, tiny_pairs
+from training import engine
 from training.contract import ExitCode, RunConfig
 from training.engine import (
     EngineError,
@@ -55,11 +57,15 @@ def command(*arguments: str) -> int:
 def test_importing_the_face_loads_no_torch() -> None:
     code = (
         "import sys; from training.engine import train, evaluate, merge, generate, estimate, RunConfig, Result; "
-        "assert callable(train) and 'torch' not in sys.modules; "
-        "import training.engine.training_run, training.engine.generation; "
-        "import training.engine as engine; assert engine.train is train and engine.generate is generate"
+        "assert callable(train) and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_no_module_of_the_engine_takes_a_function_s_name() -> None:
+    """Importing `training.engine.train` would put the module where the function is."""
+    modules = {path.stem for path in (ROOT / "training/engine").iterdir()}
+    assert not modules & set(engine.__all__)
 
 
 def test_train_returns_the_result_and_continues_where_a_checkpoint_is(
@@ -425,3 +431,19 @@ def test_each_command_explains_itself(name: str, capsys: pytest.CaptureFixture[s
     assert "RUN_DIR" in text
     assert "exit codes" in text
     assert max(len(line) for line in text.splitlines()) <= 120
+
+
+# --- the documentation ------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/engine.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    pairs = build_tiny_pairs(tmp_path / "pairs.jsonl", 20)
+    exec(
+        compile(block, "docs/engine.md", "exec"), {"model_folder": str(tiny_model), "pairs_file": str(pairs)}
+    )
+    assert "succeeded 2 " in capsys.readouterr().out
+    assert (tmp_path / "runs/first/merged/config.json").is_file()

@@ -8,7 +8,6 @@ import errno
 from training.contract import ExitCode, RunConfig
 from training.run_checks import ConfigError
 
-
 CRASH = 1  # the exit code of what was not understood
 
 

@@ -15,6 +15,7 @@ from training.engine.events import LoggedEvents, finite
 from training.engine.finished import find_kept, load_config, load_kept
 from training.engine.objective import NO_REFERENCE, Objective
 from training.engine.outputs import versions
+from training.engine.pair_record import PairRecord
 from training.engine.policy import Placement, Policy, load_tokenizer, use_fast_layout
 from training.engine.preflight import check_config
 from training.engine.reference import score_reference
@@ -55,7 +56,7 @@ def evaluate(run_dir: Path, *, checkpoint: str = "", data: str = "") -> Evaluati
     )
     policy = load_kept(config, kept, placement, pairs[:1])
     events.log(use_fast_layout(policy, pairs))
-    metrics = measure(policy, pairs, config, run_dir)
+    metrics = measure(policy, pairs, config, run_dir, step=kept.step or 0)
     return {
         "weights": kept.name,
         "step": kept.step,
@@ -73,11 +74,13 @@ def evaluate(run_dir: Path, *, checkpoint: str = "", data: str = "") -> Evaluati
 
 
 def measure(
-    policy: Policy, pairs: list[TokenizedPair], config: RunConfig, run_dir: Path
+    policy: Policy, pairs: list[TokenizedPair], config: RunConfig, run_dir: Path, *, step: int
 ) -> dict[str, float | None]:
     """The evaluator's values, with the reference from the run's cache or computed now."""
     objective, reference = Objective(config), None
     if objective.needs_reference:
         folder = Path(config.reference_cache_dir) if config.reference_cache_dir else run_dir / "reference"
         reference = score_reference(policy, pairs, folder, progress=lambda done, total: None)
-    return Evaluator(policy, pairs, reference, objective).evaluate(lambda done: None)
+    nothing = PairRecord(run_dir, objective, wanted=False)
+    evaluator = Evaluator(policy, pairs, reference, objective)
+    return evaluator.evaluate(lambda done: None, record=nothing, step=step)
