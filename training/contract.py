@@ -132,6 +132,8 @@ class PlanEvent(TypedDict):
     data: dict[Split, DataCounts]
     device: str
     dtype: str
+    num_devices: int
+    pairs_per_step: int  # the effective batch, on all devices together
     reference: str  # a sentence: which model the reference is
     loss: str  # a sentence: what is minimised
 
@@ -191,7 +193,8 @@ class Result(TypedDict, total=False):
     weights_sha256: str  # of base weights and the adapter started from
     device: str
     dtype: str
-    peak_memory_bytes: int  # of the device, or of the process on a CPU
+    num_devices: int
+    peak_memory_bytes: int  # of the fullest device, or of the process on a CPU
 
 
 # --- the configuration of a run -------------------------------------------------------------------------
@@ -250,6 +253,8 @@ class RunConfig:
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16
     gradient_checkpointing: str = "auto"  # auto | on | off
+    num_devices: int = 1  # the micro-batches of a step are shared out over so many; the batch stays as stated
+    parallelism: str = "data"  # data: each device holds the model | fsdp: the frozen weights are divided too
 
     def __post_init__(self) -> None:
         check_numbers(self)

@@ -39,6 +39,8 @@ def check_numbers(config: RunConfig) -> None:
         raise ConfigError(
             f"router_aux_loss_coef must be 0, a number above it, or left out, found {coefficient!r}."
         )
+    if not (isinstance(config.num_devices, int) and config.num_devices >= 1):
+        raise ConfigError(f"num_devices must be a whole number from 1, found {config.num_devices!r}.")
 
 
 # Settings that only DPO reads.

@@ -14,7 +14,7 @@ CRASH = 1  # the exit code of what was not understood
 class EngineError(Exception):
     """An end of the run that was understood. The sentence and the next step are for the person."""
 
-    exit_code = ExitCode.REFUSED
+    exit_code: int = ExitCode.REFUSED
 
     def __init__(self, sentence: str, next_step: str = "") -> None:
         super().__init__(sentence)
@@ -36,6 +36,20 @@ class InterruptedRunError(EngineError):
     """SIGTERM: what could be saved is saved, and the run can go on from there."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+class PeerFailedError(EngineError):
+    """Another rank of this run ended with this sentence; this one ends with it."""
+
+    def __init__(self, sentence: str, next_step: str, *, exit_code: int) -> None:
+        super().__init__(sentence, next_step)
+        self.exit_code = exit_code
+
+
+class PeerLostError(EngineError):
+    """Another rank is gone: it said why itself, or was killed."""
+
+    exit_code = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,18 +31,24 @@ class Evaluator:
         self._policy, self._reference, self._objective = policy, reference, objective
         self._tokens_per_pair = mean_chosen_tokens(pairs) if pairs else 0.0
         budget = token_budget(policy.scorer.placement)
+        self._num_pairs = len(pairs)
+        self._world = policy.scorer.placement.world
         by_digest = sorted(pairs, key=TokenizedPair.digest)
-        # Pairs with the divergence come in their own batches: each batch has both passes or one.
+        # Pairs with the divergence come in their own batches: each batch has both passes or one. This rank's
+        # share of either, and whether a batch counts.
         self._batches = [
-            (batch, with_kl)
+            (batch, with_kl, counts)
             for part, with_kl in (
                 (by_digest[:KL_PAIRS], reference is not None),
                 (by_digest[KL_PAIRS:], False),
             )
-            for batch in length_sorted_batches(part, budget=budget)
+            for batch, counts in self._world.share(
+                list(length_sorted_batches(part, budget=budget)),
+                lambda batch: sum(pair.num_tokens for pair in batch),
+            )
         ]
         self._kept: dict[int, torch.Tensor] = {}
-        self._room = KEEP_BYTES
+        self._room = 0 if self._world.lockstep else KEEP_BYTES
 
     def evaluate(
         self, progress: Callable[[int], None], *, record: PairRecord, step: int
@@ -51,11 +57,20 @@ class Evaluator:
 
         `progress` gets the pairs done, and may raise to leave.
         """
+        shares = self._world.together(lambda: self._share(progress, record, step).state())
+        return as_evaluation(Window.merged(self._objective, shares).values())
+
+    def _share(self, progress: Callable[[int], None], record: PairRecord, step: int) -> Window:
+        """The batches of this rank."""
         window, done, rows = Window(self._objective), 0, []
-        for number, (batch, with_kl) in enumerate(self._batches):
+        mine = sum(len(batch) for batch, _, counts in self._batches if counts)
+        for number, (batch, with_kl, counts) in enumerate(self._batches):
             theirs = self._reference_hidden(number, batch) if with_kl else None
             with self._policy.inference():
                 states = self._policy.scorer(batch)
+            if not counts:
+                continue
+            with torch.no_grad():
                 tokens = token_statistics(states.hidden, states.labels, self._policy.head, theirs)
             before = (
                 None if self._reference is None else self._reference.token_logps(batch, tokens.logps.device)
@@ -68,10 +83,10 @@ class Evaluator:
                 window.add_kl(tokens.divergences)
             rows.append((batch, logps, losses))
             done += len(batch)
-            progress(done)
+            progress(self._num_pairs * done // mine)
         for batch, logps, losses in rows:  # only now: half an evaluation is none
             record.add("eval", step, batch, logps, losses)
-        return as_evaluation(window.values())
+        return window
 
     def _reference_hidden(self, number: int, batch: Sequence[TokenizedPair]) -> torch.Tensor:
         """[C, H]; the reference does not change, so what fits is kept."""

@@ -95,16 +95,34 @@ class LoggedEvents(EventLog):
         pass
 
 
-def log_handler(run_dir: Path) -> logging.FileHandler:
-    """Lines for engine.log, not yet added to a logger."""
+class QuietEvents(LoggedEvents):
+    """Of a rank that is not the first: all of them see the same, and one of them says it."""
+
+    def log(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
+        pass
+
+
+def open_events(run_dir: Path, *, rank: int = 0) -> EventLog:
+    return QuietEvents() if rank else EventLog(run_dir)
+
+
+def log_handler(run_dir: Path, *, rank: int = 0) -> logging.FileHandler:
+    """Lines for engine.log, not yet added to a logger.
+
+    Of the ranks after the first only warnings: the rest would be the first one's lines again.
+    """
     handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(LINE))
+    handler.setFormatter(
+        logging.Formatter(LINE.replace("%(name)s", f"rank {rank} %(name)s") if rank else LINE)
+    )
+    if rank:
+        handler.setLevel(logging.WARNING)
     return handler
 
 
-def open_log(run_dir: Path) -> TextIO:
+def open_log(run_dir: Path, *, rank: int = 0) -> TextIO:
     """Every logger's lines, Python warnings and the stacks of a crash go to engine.log. Returns it."""
-    handler = log_handler(run_dir)
+    handler = log_handler(run_dir, rank=rank)
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(handler)

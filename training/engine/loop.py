@@ -9,12 +9,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from training.contract import Metric, RunConfig
-from training.engine.checkpoints import Identity, save_checkpoint
+from training.engine.checkpoints import Identity, save_checkpoint, tensors_sha256
 from training.engine.data import TokenizedPair, noun_of, within_budget
 from training.engine.errors import DivergedError, InterruptedRunError
 from training.engine.evaluation import Evaluator
@@ -67,8 +67,6 @@ class Loop:
         identity: Identity,
         fingerprint: dict[str, str],
     ) -> None:
-        from accelerate import Accelerator
-
         self.config, self.run_dir, self.policy = config, run_dir, policy
         self.train, self.evaluation, self.reference = train, evaluation, reference
         self.order, self.events, self.interrupts = order, events, interrupts
@@ -76,9 +74,9 @@ class Loop:
         self.state = RunState()
         self.objective = Objective(config)
         self.evaluator = Evaluator(policy, evaluation, reference, self.objective)
-        self.record = PairRecord(run_dir, self.objective, wanted=config.record_pairs)
-        self.accelerator = Accelerator(cpu=policy.scorer.placement.device.type == "cpu")
-        self.scorer = self.accelerator.prepare_model(policy.scorer)
+        self.world = policy.scorer.placement.world
+        self.record = PairRecord(run_dir, self.objective, self.world, wanted=config.record_pairs)
+        self.scorer = policy.scorer
         self.balance = LoadBalance.of(policy.scorer, config.router_aux_loss_coef)
         self.trainable = policy.trainable
         self.budget = TRAIN_BUDGET[policy.scorer.placement.device.type]
@@ -98,9 +96,9 @@ class Loop:
         self._record_start()
         try:
             while True:
-                self.interrupts.check()
+                asked_to_stop = any(self.world.together(self._asked_to_stop))
                 done = self.state.step >= self.order.total_steps
-                stopping = not done and self.state.step > 0 and self.interrupts.stop_requested
+                stopping = not done and self.state.step > 0 and asked_to_stop
                 if self._evaluation_due(done or stopping):
                     self._evaluate()
                 if done:
@@ -110,7 +108,7 @@ class Loop:
                     return "stopped"
                 self._say_progress()
                 self._step()
-                if self._checkpoint_due():
+                if self.world.on_main(self._checkpoint_due):
                     self._checkpoint()
         except InterruptedRunError:
             if self.state.step > 0 and self.optimizer.state:
@@ -119,6 +117,10 @@ class Loop:
                 f"The run was interrupted at step {self.state.step} of {self.order.total_steps}.",
                 "Start it again: it goes on from there.",
             ) from None
+
+    def _asked_to_stop(self) -> bool:
+        self.interrupts.check()
+        return self.interrupts.stop_requested
 
     def score(self, pairs: Sequence[TokenizedPair], tokens_per_pair: float) -> tuple[torch.Tensor, PairLogps]:
         """Each pair's share of the step's loss [B], with gradient, and the log-probabilities behind it."""
@@ -151,26 +153,15 @@ class Loop:
         micro_batches = self.order.micro_batches(step)
         num_pairs = sum(len(indices) for indices in micro_batches)
         tokens_per_pair = mean_chosen_tokens([self.train[i] for indices in micro_batches for i in indices])
-        window, num_tokens = Window(self.objective), 0
-        for micro_step, indices in enumerate(micro_batches):
-            reseed = functools.partial(self.order.reseed_dropout, step, micro_step)
-            reseed()
-            batch = list(within_budget([self.train[index] for index in indices], budget=self.budget))
-            if self.balance is not None:
-                self.balance.begin(batch, self.scorer, reseed)
-            for pairs in batch:
-                losses, logps = self.score(pairs, tokens_per_pair)
-                self.accelerator.backward(losses.sum() / num_pairs)
-                window.add(losses, logps, truncated=sum(pair.truncated for pair in pairs))
-                self.record.add("train", step, pairs, logps, losses, dropout=self.config.lora_dropout > 0)
-                window.add_sampled_kl(logps)
-                num_tokens += sum(pair.num_tokens for pair in pairs)
-                self._say_progress()  # a step may take an hour: whoever watches must not take it for a hang
+        num_tokens = sum(self.train[index].num_tokens for indices in micro_batches for index in indices)
+        shares = self.world.together(
+            lambda: self._accumulate(step, micro_batches, num_pairs, tokens_per_pair)
+        )
+        self.world.sum_gradients(self.trainable.values())
         limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.trainable.values(), limit))
-        values = window.values()
-        if self.balance is not None:
-            values |= self.balance.values()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit))
+        values = Window.merged(self.objective, [window for window, _ in shares]).values()
+        values |= LoadBalance.values([balance for _, balance in shares])
         usable = math.isfinite(norm) and finite(values[Metric.LOSS]) is not None
         if usable:
             for group in self.optimizer.param_groups:
@@ -191,6 +182,36 @@ class Loop:
         self.events.metrics("train", self.state.step, values)
         self._say_progress()
         self._count_nonfinite(usable)
+
+    def _accumulate(
+        self, step: int, micro_batches: list[list[int]], num_pairs: int, tokens_per_pair: float
+    ) -> tuple[dict[str, Any], list[float] | None]:
+        """This rank's share of the step's gradient, added up; sums for the metrics, of its pairs.
+
+        Whole micro-batches: for each draws its own dropout, and has its own auxiliary loss.
+        """
+        window = Window(self.objective)
+        cut = [
+            list(within_budget([self.train[index] for index in indices], budget=self.budget))
+            for indices in micro_batches
+        ]
+        shares = self.world.shares([sum(pair.num_tokens for part in parts for pair in part) for parts in cut])
+        for micro_step in shares[self.world.rank]:
+            reseed = functools.partial(self.order.reseed_dropout, step, micro_step)
+            reseed()
+            if self.balance is not None:
+                self.balance.begin(cut[micro_step], self.scorer, reseed)
+            for pairs in cut[micro_step]:
+                losses, logps = self.score(pairs, tokens_per_pair)
+                (losses.sum() / num_pairs).backward()  # type: ignore[no-untyped-call]
+                window.add(losses, logps, truncated=sum(pair.truncated for pair in pairs))
+                self.record.add("train", step, pairs, logps, losses, dropout=self.config.lora_dropout > 0)
+                window.add_sampled_kl(logps)
+                self._say_progress()  # a step may take an hour: whoever watches must not take it for a hang
+        for _ in range(self.world.missing([sum(len(cut[index]) for index in share) for share in shares])):
+            losses, _ = self.score(cut[0][0], tokens_per_pair)  # for the other ranks: its gradient is zero
+            (losses.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+        return window.state(), None if self.balance is None else self.balance.end()
 
     def _count_nonfinite(self, usable: bool) -> None:
         self.state.nonfinite_streak = 0 if usable else self.state.nonfinite_streak + 1
@@ -219,7 +240,7 @@ class Loop:
             self.events.phase("evaluating", done=done, total=total, unit=unit)
             self.interrupts.check()
 
-        progress(0)
+        self.events.phase("evaluating", total=total, unit=unit)
         values = self.evaluator.evaluate(progress, record=self.record, step=self.state.step)
         self.record.flush(self.state.step)
         self.events.metrics("eval", self.state.step, values)
@@ -237,25 +258,31 @@ class Loop:
 
     def _record_start(self) -> None:
         if self.state.step == 0 and self.reference is not None:
-            self.record.add_start((self.train[i] for i in self.order.pairs_met()), self.reference)
+            if self.world.is_main:
+                self.record.add_start((self.train[i] for i in self.order.pairs_met()), self.reference)
             self.record.flush(0)
 
     def _checkpoint(self) -> None:
         self.record.flush(self.state.step)  # before: what the checkpoint has behind it is on disk
         now = time.monotonic()
         state = dataclasses.replace(self.state, seconds=round(self.state.seconds + now - self._started, 3))
-        path = save_checkpoint(
-            self.run_dir,
-            step=self.state.step,
-            run_id=self.config.run_id,
-            identity=self.identity,
-            fingerprint=self.fingerprint,
-            trainable=self.trainable,
-            optimizer=self.optimizer,
-            state=dataclasses.asdict(state),
-        )
+        self.world.require_same("the weights", tensors_sha256(self.trainable))
+
+        def save() -> None:
+            path = save_checkpoint(
+                self.run_dir,
+                step=self.state.step,
+                run_id=self.config.run_id,
+                identity=self.identity,
+                fingerprint=self.fingerprint,
+                trainable=self.trainable,
+                optimizer=self.optimizer,
+                state=dataclasses.asdict(state),
+            )
+            self.events.checkpoint(self.state.step, str(path.relative_to(self.run_dir)))
+
+        self.world.on_main(save)
         self._saved = time.monotonic()
-        self.events.checkpoint(self.state.step, str(path.relative_to(self.run_dir)))
 
     def _say_progress(self) -> None:
         self.events.phase("training", done=self.state.step, total=self.order.total_steps, unit="steps")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -69,6 +71,33 @@ class Window:
         if self._kl is not None:
             result[Metric.KL] = float(self._kl) / self.kl_tokens
         return result | dict.fromkeys(self.objective.undefined_metrics)
+
+    # --- shares of one window, of several ranks -----------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """The sums as JSON carries them, without loss."""
+        found = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "objective":
+                found[field.name] = value.tolist() if isinstance(value, torch.Tensor) else value
+        return found
+
+    @classmethod
+    def merged(cls, objective: Objective, states: Sequence[dict[str, Any]]) -> Window:
+        """The window that one rank alone would have filled, up to the order of float64 sums."""
+        window = cls(objective)
+        for state in states:
+            for name, value in state.items():
+                before = getattr(window, name)
+                if isinstance(value, int):
+                    setattr(window, name, before + value)
+                elif name == "_keys":
+                    window._keys = tuple(value) or before
+                elif value is not None:
+                    part = torch.tensor(value, dtype=torch.float64)
+                    setattr(window, name, part if before is None else before + part)
+        return window
 
 
 def as_evaluation(values: dict[str, float | None]) -> dict[str, float | None]:

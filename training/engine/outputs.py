@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def fingerprint(placement: Placement, layout: str) -> dict[str, str]:
+def fingerprint(placement: Placement, layout: str, config: RunConfig) -> dict[str, str]:
     """Under the same fingerprint a resumed run repeats every bit."""
     cuda = placement.device.type == "cuda"
     return {
@@ -83,6 +83,8 @@ def fingerprint(placement: Placement, layout: str) -> dict[str, str]:
         "dtype": placement.dtype_name,
         "threads": str(torch.get_num_threads()),
         "layout": layout,
+        "num_devices": str(placement.world.size),
+        "parallelism": config.parallelism,
         **versions(),
     }
 

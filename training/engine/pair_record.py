@@ -18,6 +18,7 @@ import torch
 
 from training.contract import PAIR_COLUMNS, PAIRS_DIR, Metric, Split
 from training.engine.data import TokenizedPair
+from training.engine.distributed import ALONE, World
 from training.engine.objective import Objective, PairLogps, mean_chosen_tokens
 from training.engine.reference import ReferenceLogps
 from training.engine.step_files import step_path, write_durably
@@ -68,10 +69,13 @@ class _Batch:
 
 
 class PairRecord:
-    """Collects pairs as they are met; `flush` writes them, merged with what the file already has."""
+    """Collects pairs as they are met; `flush` writes those of all ranks, merged with what the file already has."""
 
-    def __init__(self, run_dir: Path, objective: Objective, *, wanted: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, objective: Objective, world: World = ALONE, *, wanted: bool = True
+    ) -> None:
         self._wanted = wanted
+        self._world = world
         self._folder = run_dir / PAIRS_DIR
         self._objective = objective
         self._pending: list[_Batch] = []
@@ -109,13 +113,21 @@ class PairRecord:
 
     def flush(self, step: int) -> None:
         """Write what was collected as the file of `step`. Of a step met again, the new rows stand."""
-        if not self._pending:
+        if not self._wanted:
             return
+        shares = self._world.together(
+            lambda: [row for batch in self._pending for row in batch.rows(self._objective)]
+        )
+        self._pending.clear()
+        rows = [row for share in shares for row in share]
+        if rows:
+            self._world.on_main(lambda: self._write(step, rows))
+
+    def _write(self, step: int, rows: list[Row]) -> None:
         import pyarrow
         from pyarrow import parquet
 
         path = step_path(self._folder, step, ".parquet")
-        rows = [row for batch in self._pending for row in batch.rows(self._objective)]
         new = {(row["split"], row["step"]) for row in rows}
         if path.exists():
             before = parquet.read_table(path, use_threads=False).to_pylist()
@@ -125,7 +137,6 @@ class PairRecord:
         content = io.BytesIO()
         parquet.write_table(table, content, compression="zstd")
         write_durably(path, content.getvalue())
-        self._pending.clear()
 
 
 def _pair_logps(pairs: Sequence[TokenizedPair], sums: dict[str, torch.Tensor]) -> PairLogps:

@@ -17,6 +17,7 @@ from torch import nn
 
 from training.contract import RunConfig, file_sha256
 from training.engine.data import TokenizedPair
+from training.engine.distributed import ALONE, World
 from training.engine.errors import RefusedError
 from training.engine.logps import Head
 from training.engine.packed import choose_layout, tried, use_shared_prefix
@@ -34,9 +35,10 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
+    world: World = ALONE
 
     @classmethod
-    def choose(cls, config: RunConfig) -> Placement:
+    def choose(cls, config: RunConfig, world: World = ALONE) -> Placement:
         cuda = torch.cuda.is_available()
         if config.device not in {"auto", "cpu", "cuda"}:
             raise RefusedError(f"The device {config.device!r} is not known.", "Use auto, cpu or cuda.")
@@ -49,7 +51,11 @@ class Placement:
             raise RefusedError(f"The dtype {config.dtype!r} is not known.", "Use auto, float32 or bfloat16.")
         if config.dtype == "bfloat16" and on_cuda and not bf16:
             raise RefusedError("This GPU has no bfloat16.", "Choose the dtype auto or float32.")
-        return cls(torch.device("cuda" if on_cuda else "cpu"), getattr(torch, names[config.dtype]))
+        device = torch.device("cpu")
+        if on_cuda:
+            device = torch.device("cuda", world.local_rank)
+            torch.cuda.set_device(device)
+        return cls(device, getattr(torch, names[config.dtype]), world)
 
     @property
     def dtype_name(self) -> str:

@@ -14,6 +14,7 @@ LOSS_TYPES = (
 )  # fmt: skip
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 SWITCHES = ("auto", "on", "off")
+PARALLELISMS = ("data", "fsdp")
 
 
 def check_config(config: RunConfig) -> None:
@@ -23,11 +24,17 @@ def check_config(config: RunConfig) -> None:
         ("loss_type", config.loss_type, LOSS_TYPES),
         ("lr_scheduler_type", config.lr_scheduler_type, SCHEDULERS),
         ("gradient_checkpointing", config.gradient_checkpointing, SWITCHES),
+        ("parallelism", config.parallelism, PARALLELISMS),
     ):
         if value not in known:
             raise RefusedError(f"{name} {value!r} is not known here.", f"Use {' or '.join(known)}.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RefusedError("This engine trains on one device.", "Start it without torchrun.")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.num_devices > 1 and started != config.num_devices:
+        raise RefusedError(
+            f"num_devices is {config.num_devices}, and the run was started on {started}.",
+            f"Start it with --nproc-per-node={config.num_devices}, without torchrun, or set num_devices to 1: "
+            "then it takes what it is started with.",
+        )
     if not Path(config.model_path).is_dir():
         raise RefusedError("The base model's folder is not there.", "Choose the base model again.")
     if config.adapter_path and not Path(config.adapter_path).is_dir():

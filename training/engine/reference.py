@@ -94,6 +94,11 @@ class ReferenceLogps:
                 self._records[key] = shard["logps"][end - length : end].copy()
         return len(self._records) > before
 
+    def require(self, pairs: Iterable[TokenizedPair]) -> None:
+        """Raises `OSError` when another rank's values did not arrive: the folder must be the same for all."""
+        if not all(pair in self for pair in pairs):
+            raise OSError("log-probabilities of the reference vanished from the cache during the pass")
+
     def flush(self) -> None:
         """Write what is new as one shard: beside, to disk, then under its name."""
         from safetensors.numpy import save
@@ -132,22 +137,35 @@ def score_reference(
     """One length-sorted pass over the pairs that the cache does not have. `check` may raise to leave."""
     records = ReferenceLogps(folder / reference_key(policy))
     records.load(pairs)
-    todo = {pair.digest(): pair for pair in pairs if pair not in records}
+    world = policy.scorer.placement.world
+    missing = world.on_main(lambda: [index for index, pair in enumerate(pairs) if pair not in records])
+    todo = {pairs[index].digest(): pairs[index] for index in missing}
     done = len(pairs) - len(todo)
     progress(done, len(pairs))
-    budget = token_budget(policy.scorer.placement)
-    try:
-        with policy.reference():
-            for batch in length_sorted_batches(list(todo.values()), budget=budget):
+    batches = list(length_sorted_batches(todo.values(), budget=token_budget(policy.scorer.placement)))
+
+    def score_share() -> None:
+        nonlocal done
+        try:
+            for batch, counts in world.share(batches, lambda batch: sum(pair.num_tokens for pair in batch)):
                 check()
                 states = policy.scorer(batch)
                 values = token_logps(states.hidden, states.labels, policy.head).float().cpu()
+                if not counts:
+                    continue
                 lengths = [pair.num_completion_tokens for pair in batch]
                 for pair, part in zip(batch, torch.split(values, lengths), strict=True):
                     records.add(pair, part.numpy().copy())
-                done += len(batch)
-                progress(done, len(pairs))
-    finally:
-        records.flush()
+                done += len(batch) * world.size  # the others are about as far
+                progress(min(done, len(pairs)), len(pairs))
+        finally:
+            records.flush()
+
+    with policy.reference():
+        world.together(score_share)
+    if world.size > 1:
+        progress(len(pairs), len(pairs))
+        records.load(pairs)  # what the others have computed
+        world.together(lambda: records.require(pairs))
     logger.info("reference log-probabilities of %d pairs, %d of them computed", len(pairs), len(todo))
     return records

@@ -72,7 +72,7 @@ def recorded_routing(decoder: Any, wanted: bool) -> Iterator[None]:
 
 
 class LoadBalance:
-    """The auxiliary loss of a run's steps: `begin` each batch, `added` for each of its forwards, then `values`."""
+    """The auxiliary loss of a run's steps: `begin` each batch, `added` for each of its forwards, then `end`."""
 
     def __init__(self, scorer: Any, coefficient: float) -> None:
         self.coefficient = coefficient
@@ -122,11 +122,17 @@ class LoadBalance:
         self._step_pairs += len(losses)
         return losses + self.coefficient * aux / len(losses)
 
-    def values(self) -> dict[str, float | None]:
-        """The metric of the step that ends here: aux, mean over its pairs."""
-        total, pairs = self._sum, self._step_pairs
+    def end(self) -> list[float]:
+        """Of the step that ends here: the sum of aux over this rank's pairs, and their number."""
+        sums = [0.0 if self._sum is None else float(self._sum), float(self._step_pairs)]
         self._sum, self._step_pairs, self._scorer.routed = None, 0, False
-        return {} if total is None else {Metric.AUX_LOSS: float(total) / pairs}
+        return sums
+
+    @staticmethod
+    def values(ends: Sequence[list[float] | None]) -> dict[str, float | None]:
+        """The metric of a step, from what it ended with on each rank: aux, mean over its pairs."""
+        sums = [end for end in ends if end is not None]
+        return {Metric.AUX_LOSS: sum(s for s, _ in sums) / sum(n for _, n in sums)} if sums else {}
 
 
 def _known(routing: Routing | None) -> Routing:

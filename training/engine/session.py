@@ -10,8 +10,16 @@ import time
 from pathlib import Path
 
 from training.contract import RESULT_FILE, ExitCode, Result, RunConfig, write_atomically
-from training.engine.errors import CRASH, EngineError, Explanation, InterruptedRunError, explain
-from training.engine.events import EventLog, open_log
+from training.engine import launch
+from training.engine.errors import (
+    CRASH,
+    EngineError,
+    Explanation,
+    InterruptedRunError,
+    PeerLostError,
+    explain,
+)
+from training.engine.events import EventLog, open_events, open_log
 from training.engine.interrupts import Interrupts
 from training.engine.preflight import check_config
 
@@ -21,10 +29,14 @@ logger = logging.getLogger(__name__)
 def main(run_dir: Path) -> int:
     """The `train` subcommand."""
     run_dir = run_dir.absolute()
-    stream = open_log(run_dir)
+    count = launch.ranks_to_start(run_dir)
+    if count > 1:
+        return launch.launch(["train", str(run_dir)], count=count)
+    launch.die_with_parent()
+    stream = open_log(run_dir, rank=launch.rank())
     interrupts = Interrupts(run_dir)
     interrupts.install(stream)
-    with EventLog(run_dir) as events:
+    with open_events(run_dir, rank=launch.rank()) as events:
         return run(run_dir, events=events, interrupts=interrupts)
 
 
@@ -51,7 +63,8 @@ def _attempt(
 ) -> tuple[Explanation | None, Exception | None]:
     started = time.monotonic()
     config: RunConfig | None = None
-    (run_dir / RESULT_FILE).unlink(missing_ok=True)
+    if launch.rank() == 0:
+        (run_dir / RESULT_FILE).unlink(missing_ok=True)
     try:
         events.phase("starting")
         config = RunConfig.load(run_dir)
@@ -59,7 +72,9 @@ def _attempt(
         interrupts.check()
         from training.engine.training_run import train  # torch from here on
 
-        _write_result(run_dir, train(config, run_dir, events=events, interrupts=interrupts))
+        result = train(config, run_dir, events=events, interrupts=interrupts)
+        if launch.rank() == 0:
+            _write_result(run_dir, result)
         return None, None
     except Exception as error:
         return _failed(error, config, run_dir, events, time.monotonic() - started), error
@@ -80,8 +95,10 @@ def _failed(
     if config is not None:
         result["config"] = dataclasses.asdict(config)
     with contextlib.suppress(OSError):  # a full disk must not hide the exit code
-        events.log(explanation.sentence, "info" if interrupted else "error")
-        _write_result(run_dir, result)
+        # A rank that only lost another leaves that one's own words.
+        if not (isinstance(error, PeerLostError) and (run_dir / RESULT_FILE).exists()):
+            events.log(explanation.sentence, "info" if interrupted else "error")
+            _write_result(run_dir, result)
     return explanation
 
 

@@ -14,9 +14,17 @@ from typing import Any
 import torch
 
 from training.contract import DataCounts, Result, RunConfig, Split
-from training.engine.checkpoints import Identity, clean_leftovers, find_checkpoint, restore
+from training.engine.checkpoints import (
+    Identity,
+    Loaded,
+    clean_leftovers,
+    find_checkpoint,
+    restore,
+    tensors_sha256,
+)
 from training.engine.cutting import CutRule
 from training.engine.data import TokenizedPair, data_sha256, noun_of, read_pairs, tokenize_pairs
+from training.engine.distributed import World
 from training.engine.errors import RefusedError
 from training.engine.events import EventLog
 from training.engine.interrupts import Interrupts
@@ -36,6 +44,7 @@ NOT_IDENTITY = {
     "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name",
     "reference_cache_dir", "resume_from", "eval_steps", "save_steps", "save_seconds", "device", "dtype",
     "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "record_pairs",
+    "num_devices", "parallelism",
 }  # fmt: skip
 
 
@@ -55,10 +64,11 @@ class Data:
 
 
 def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> Result:
-    """Everything between a configuration and an adapter."""
+    """Everything between a configuration and an adapter, of this rank."""
     started = time.monotonic()
     make_quiet_and_deterministic()
-    placement = Placement.choose(config)
+    world = World.join(config)
+    placement = Placement.choose(config, world)
     objective = Objective(config)
 
     events.phase("preparing_data")
@@ -72,7 +82,8 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         max_steps=config.max_steps,
         seed=config.seed,
     )
-    interrupts.check()
+    world.together(interrupts.check)
+    say_idle_devices(config, world, events)
 
     events.phase("loading_model")
     policy = load_policy(config, placement, data.train[:1])
@@ -87,6 +98,8 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         data=data.counts,
         device=placement.device.type,
         dtype=placement.dtype_name,
+        num_devices=world.size,
+        pairs_per_step=order.pairs_per_step,
         reference=reference_sentence,
         loss=objective.sentence,
     )
@@ -106,13 +119,16 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         events=events,
         interrupts=interrupts,
         identity=identity_of(config, data.train, policy),
-        fingerprint=fingerprint(placement, policy.layout_name),
+        fingerprint=fingerprint(placement, policy.layout_name, config),
     )
     resume(loop, config, run_dir, events)
+    world.require_same("the model", f"{policy.layout_name} {tensors_sha256(policy.trainable)}")
     status = loop.run()
 
     events.phase("saving")
-    sha256, size = save_adapter(policy, tokenizer, config, run_dir)
+    sha256, size = world.on_main(lambda: save_adapter(policy, tokenizer, config, run_dir))
+    peak = max(world.together(lambda: peak_memory_bytes(placement)))
+    world.leave()  # after an error the others may not be there to take leave of
     state = loop.state
     return {
         "status": status,
@@ -134,8 +150,21 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "weights_sha256": policy.weights_sha256,
         "device": placement.device.type,
         "dtype": placement.dtype_name,
-        "peak_memory_bytes": peak_memory_bytes(placement),
+        "num_devices": world.size,
+        "peak_memory_bytes": peak,
     }
+
+
+def say_idle_devices(config: RunConfig, world: World, events: EventLog) -> None:
+    """Micro-batches are not cut for the devices' sake: their dropout would change."""
+    steps = config.gradient_accumulation_steps
+    if steps < world.size:
+        events.log(
+            f"{world.size - steps} of the {world.size} devices will have nothing to do in a step: set "
+            f"gradient_accumulation_steps to {world.size} or more (the effective batch is "
+            "per_device_train_batch_size × gradient_accumulation_steps on any number of devices).",
+            "warning",
+        )
 
 
 def make_quiet_and_deterministic() -> None:
@@ -228,18 +257,26 @@ def identity_of(config: RunConfig, pairs: list[TokenizedPair], policy: Policy) -
 
 def resume(loop: Loop, config: RunConfig, run_dir: Path, events: EventLog) -> None:
     """Go on from the newest verified checkpoint of the same trajectory, if there is one."""
-    clean_leftovers(run_dir)
-    loaded = find_checkpoint(
-        run_dir, config.resume_from, loop.identity, say=lambda text: events.log(text, "warning")
-    )
-    if loaded is None:
-        continue_files(run_dir, run_dir, step=-1)
+
+    def find() -> dict[str, Any] | None:
+        clean_leftovers(run_dir)
+        loaded = find_checkpoint(
+            run_dir, config.resume_from, loop.identity, say=lambda text: events.log(text, "warning")
+        )
+        if loaded is None:
+            continue_files(run_dir, run_dir, step=-1)
+            return None
+        continue_files(run_dir, loaded.path.parent.parent, step=loaded.step)
+        return dataclasses.asdict(loaded) | {"path": str(loaded.path)}
+
+    found = loop.world.on_main(find)
+    if found is None:
         if config.resume_from:
             events.log("No earlier checkpoint can be used: training starts from the beginning.", "warning")
         return
+    loaded = Loaded(**(found | {"path": Path(found["path"])}))
     restore(loaded, loop.policy.trainable, loop.optimizer)
     loop.state = RunState(**loaded.state)
-    continue_files(run_dir, loaded.path.parent.parent, step=loaded.step)
     events.log(f"Continued from the checkpoint of step {loaded.step}.")
     changed = sorted(key for key, value in loop.fingerprint.items() if loaded.fingerprint.get(key) != value)
     if changed:
