@@ -20,7 +20,7 @@ from training.metric_keys import EVAL_PREFIX as EVAL_PREFIX
 from training.metric_keys import KL_PAIRS as KL_PAIRS
 from training.metric_keys import Metric as Metric
 from training.run_checks import ConfigError as ConfigError
-from training.run_checks import check_lengths, check_numbers, check_objective
+from training.run_checks import check_lengths, check_numbers, check_objective, check_stopping
 
 # --- names inside a run directory -----------------------------------------------------------------
 CONFIG_FILE = "config.json"
@@ -179,7 +179,14 @@ class Result(TypedDict, total=False):
     total_steps: int
     seconds: float
     num_tokens: int
-    metrics: dict[str, float | None]  # last evaluation and last training step
+    metrics: dict[
+        str, float | None
+    ]  # of the model that is kept: its evaluation, and the training step before
+    last_metrics: dict[str, float | None]  # of the last evaluation and the last training step
+    model_step: int  # the step of the model that is kept
+    best_step: int  # of the best evaluation by metric_for_best_model; missing without validation
+    best_metric: float | None  # its value
+    stopped_by: Literal["request", "early_stopping", "kl_budget"]  # missing when all steps were done
     initial_metrics: dict[str, float | None]  # evaluation before step 1
     adapter_sha256: str
     adapter_bytes: int
@@ -250,6 +257,13 @@ class RunConfig:
     save_steps: int = 50
     save_seconds: float = 300.0
     record_pairs: bool = True  # write pairs/*.parquet
+
+    load_best_model_at_end: bool = True  # keep the weights of the best evaluation, not the last
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool | None = None  # None = as is known of the metric
+    early_stopping_patience: int = 0  # evaluations without improvement before the run ends; 0 = off
+    early_stopping_threshold: float = 0.0  # an improvement must be larger
+    kl_budget: float = 0.0  # nats per token: the run ends when eval_kl passes it; 0 = off
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16
     gradient_checkpointing: str = "auto"  # auto | on | off
@@ -260,6 +274,7 @@ class RunConfig:
         check_numbers(self)
         check_objective(self)
         check_lengths(self)
+        check_stopping(self)
 
     @property
     def side_length(self) -> int:

@@ -42,6 +42,37 @@ class Metric:
 
 
 EVAL_PREFIX = "eval_"
+# Which way a metric of an evaluation is better. Of those that are not here nobody can say.
+GREATER_IS_BETTER = {
+    Metric.LOSS: False,
+    Metric.REWARDS_CHOSEN: True,
+    Metric.REWARDS_REJECTED: False,
+    Metric.REWARDS_MARGINS: True,
+    Metric.REWARDS_ACCURACIES: True,
+    Metric.LOGPS_CHOSEN: True,
+    Metric.LOGPS_REJECTED: False,
+    Metric.NLL_LOSS: False,
+    Metric.LOG_ODDS_CHOSEN: True,
+    Metric.LOG_ODDS_RATIO: True,
+    Metric.KL: False,
+}
+OF_STEPS_ONLY = {
+    Metric.GRAD_NORM, Metric.LEARNING_RATE, Metric.EPOCH, Metric.NUM_TOKENS, Metric.TOKENS_PER_SECOND,
+    Metric.TRUNCATED, Metric.AUX_LOSS,
+}  # fmt: skip
+
+
+def evaluation_keys() -> tuple[str, ...]:
+    """Every key that an evaluation may have and that differs from one evaluation to the next."""
+    keys = [value for name, value in vars(Metric).items() if name.isupper() and value not in OF_STEPS_ONLY]
+    return tuple(EVAL_PREFIX + key for key in keys)
+
+
+def is_greater_better(key: str) -> bool | None:
+    """Of an evaluation's key; None where nobody can say."""
+    return GREATER_IS_BETTER.get(key.removeprefix(EVAL_PREFIX))
+
+
 # The exact divergence needs a second pass and the whole vocabulary: this many held-out pairs stand for all, those
 # whose digests sort first, so that neither the order of the file nor its length decides.
 KL_PAIRS = 64

@@ -9,6 +9,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from training.metric_keys import EVAL_PREFIX, Metric, evaluation_keys, is_greater_better
+
 if TYPE_CHECKING:
     from training.contract import RunConfig
 
@@ -106,3 +108,64 @@ def check_lengths(config: RunConfig) -> None:
                 f"{name} {value} bounds nothing, for a prompt with one answer has {config.side_length} tokens at "
                 "most: lower it, set it to 0, or raise max_length."
             )
+
+
+def uses_reference(config: RunConfig) -> bool:
+    """Whether the loss compares with a reference: DPO does, but for SimPO."""
+    return config.method == "dpo" and config.simpo_gamma == 0
+
+
+def check_stopping(config: RunConfig) -> None:
+    """Best model, early stopping, KL budget: what could never act is refused."""
+    patience = config.early_stopping_patience
+    if not isinstance(patience, int) or isinstance(patience, bool) or patience < 0:
+        raise ConfigError(
+            f"early_stopping_patience must be 0 (off) or a number of evaluations, found {patience!r}."
+        )
+    for name in ("early_stopping_threshold", "kl_budget"):
+        value = getattr(config, name)
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{name} must be 0 or a number above it, found {value!r}.")
+    if config.early_stopping_threshold and not patience:
+        raise ConfigError(
+            "early_stopping_threshold needs early_stopping_patience: set that, or leave both at 0."
+        )
+    if config.kl_budget and not uses_reference(config):
+        raise ConfigError("kl_budget needs a reference, and this loss has none: set it to 0.")
+    for name in ("early_stopping_patience", "kl_budget"):
+        if getattr(config, name) and not (config.eval_path and config.eval_steps):
+            raise ConfigError(
+                f"{name} looks at evaluations during the run: choose validation data and eval_steps, or set it to 0."
+            )
+    _check_metric(config)
+
+
+def _check_metric(config: RunConfig) -> None:
+    key, known = config.metric_for_best_model, evaluation_keys()
+    if key not in known:
+        raise ConfigError(f"metric_for_best_model {key!r} is not known: use one of {', '.join(known)}.")
+    if key in (EVAL_PREFIX + name for name in undefined_metrics(config)):
+        raise ConfigError(
+            f"metric_for_best_model {key} is not defined for this method and loss: use eval_loss."
+        )
+    if config.greater_is_better is None and is_greater_better(key) is None:
+        raise ConfigError(f"Nobody can say which {key} is better: set greater_is_better to true or false.")
+    if config.greater_is_better not in (None, True, False):
+        raise ConfigError("greater_is_better must be true, false or null.")
+
+
+def undefined_metrics(config: RunConfig) -> set[str]:
+    """Keys that are null, or not there, under these settings."""
+    missing = set()
+    if not uses_reference(config):
+        missing |= {Metric.KL}
+    if config.method != "orpo":
+        missing |= {Metric.LOG_ODDS_CHOSEN, Metric.LOG_ODDS_RATIO}
+    if config.method == "dpo" and not config.rpo_alpha:
+        missing |= {Metric.NLL_LOSS}
+    if config.method == "sft":
+        missing |= {
+            Metric.REWARDS_CHOSEN, Metric.REWARDS_REJECTED, Metric.REWARDS_MARGINS, Metric.REWARDS_ACCURACIES,
+            Metric.LOGPS_REJECTED,
+        }  # fmt: skip
+    return missing

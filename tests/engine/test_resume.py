@@ -176,7 +176,7 @@ def test_two_checkpoints_are_kept_and_leftovers_are_removed(new_run: NewRun) -> 
     assert checkpoint_steps(run) == [10, 12]
     assert not leftover.exists()
     said = [event["path"] for event in run.events if event["type"] == "checkpoint"]
-    assert said == [f"checkpoints/step-{step:06d}" for step in (2, 4, 6, 8, 10, 12)]
+    assert said == [f"checkpoints/step-{step:06d}" for step in (2, 3, 4, 6, 8, 9, 10, 12)]
     manifest = json.loads((run.path / "checkpoints/step-000012/MANIFEST.json").read_text())
     assert manifest["run_id"] == "run"
     assert manifest["files"]["adapter.safetensors"]["sha256"] == file_sha256(

@@ -70,8 +70,9 @@ def save_checkpoint(
     trainable: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
+    spare: int = 0,
 ) -> Path:
-    """Write, verify, then prune older ones down to KEEP. Raises `NonFiniteError` before touching the disk."""
+    """Write, verify, then prune. Raises `NonFiniteError` before touching the disk."""
     from safetensors.torch import save_file
 
     adapter = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable.items()}
@@ -107,9 +108,15 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     verify_checkpoint(final)
-    for old in _newest_first(folder)[KEEP:]:
-        remove_tree(old)
+    prune_checkpoints(run_dir, spare=spare)
     return final
+
+
+def prune_checkpoints(run_dir: Path, *, spare: int) -> None:
+    """Down to the newest KEEP and that of the step `spare`."""
+    for old in _newest_first(run_dir / CHECKPOINTS_DIR)[KEEP:]:
+        if old.name != checkpoint_name(spare):
+            remove_tree(old)
 
 
 def find_checkpoint(
@@ -138,13 +145,8 @@ def restore(loaded: Loaded, trainable: Mapping[str, nn.Parameter], optimizer: to
     """Put weights and optimizer state back, by name; every name must be there."""
     from safetensors.torch import load_file
 
-    adapter = load_file(loaded.path / ADAPTER_FILE)
+    restore_weights(loaded.path, trainable)
     moments = load_file(loaded.path / OPTIMIZER_FILE)
-    if set(adapter) != set(trainable):
-        raise ValueError("the checkpoint's weights have other names than the model's")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(adapter[name])
     for name, parameter in trainable.items():
         found = {
             key.rpartition("/")[2]: value for key, value in moments.items() if key.startswith(f"{name}/")
@@ -152,6 +154,38 @@ def restore(loaded: Loaded, trainable: Mapping[str, nn.Parameter], optimizer: to
         if set(found) != {"step", "exp_avg", "exp_avg_sq"}:
             raise ValueError(f"the checkpoint has no optimizer state for {name}")
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
+
+
+def restore_weights(path: Path, trainable: Mapping[str, nn.Parameter]) -> None:
+    """Put the weights of a checkpoint back; every name must be there."""
+    from safetensors.torch import load_file
+
+    adapter = load_file(path / ADAPTER_FILE)
+    if set(adapter) != set(trainable):
+        raise ValueError("the checkpoint's weights have other names than the model's")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(adapter[name])
+
+
+def adopt_checkpoint(run_dir: Path, source: Path, step: int) -> Path | None:
+    """Give this run a checkpoint of the run directory `source`, which may go; None when there is none."""
+    found, own = (folder / CHECKPOINTS_DIR / checkpoint_name(step) for folder in (source, run_dir))
+    if own.is_dir() or not found.is_dir():
+        return None
+    own.parent.mkdir(exist_ok=True)
+    temporary = own.parent / f".tmp-{uuid.uuid4().hex}"
+    shutil.copytree(found, temporary, copy_function=link_or_copy)
+    temporary.replace(own)
+    return own
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """The same bytes under a second name, where the file system can; nobody writes into them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -14,9 +15,9 @@ from typing import Any, Literal
 import torch
 
 from training.contract import Metric, RunConfig
-from training.engine.checkpoints import Identity, save_checkpoint, tensors_sha256
+from training.engine.checkpoints import Identity, prune_checkpoints, save_checkpoint, tensors_sha256
 from training.engine.data import TokenizedPair, noun_of, within_budget
-from training.engine.errors import DivergedError, InterruptedRunError
+from training.engine.errors import DivergedError, InterruptedRunError, is_disk_full
 from training.engine.evaluation import Evaluator
 from training.engine.events import EventLog, finite
 from training.engine.interrupts import Interrupts
@@ -28,11 +29,13 @@ from training.engine.pair_record import PairRecord
 from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps
 from training.engine.routing import LoadBalance
+from training.engine.stopping import Best, Stopping, Verdict
 
 NONFINITE_LIMIT = 3
 # Tokens of a forward with gradient. A CPU is no faster with more of them, and their activations fill its memory.
 TRAIN_BUDGET = {"cpu": 512, "cuda": 32768}
 Values = dict[str, float | None]
+StoppedBy = Literal["request", "early_stopping", "kl_budget"]
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +50,11 @@ class RunState:
     initial_metrics: Values = dataclasses.field(default_factory=dict)
     last_training: Values = dataclasses.field(default_factory=dict)
     last_evaluation: Values = dataclasses.field(default_factory=dict)
+    best: Best = dataclasses.field(default_factory=Best)
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> RunState:
+        return cls(**(state | {"best": Best(**state.get("best", {}))}))
 
 
 class Loop:
@@ -84,7 +92,10 @@ class Loop:
             self.trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.schedule = self._schedule()
-        self._evaluated_step = -1
+        self.stopping = Stopping(config)
+        self.stopped_by: StoppedBy | None = None
+        self._verdict = Verdict(is_best=False)
+        self._evaluated_step = self._checkpoint_step = -1
         self._started = self._saved = time.monotonic()
 
     def run(self) -> Literal["succeeded", "stopped"]:
@@ -101,11 +112,8 @@ class Loop:
                 stopping = not done and self.state.step > 0 and asked_to_stop
                 if self._evaluation_due(done or stopping):
                     self._evaluate()
-                if done:
-                    return "succeeded"
-                if stopping:
-                    self.events.log(f"Stopped at step {self.state.step}, as asked. The model so far is kept.")
-                    return "stopped"
+                if status := self._ended(done=done, stopping=stopping):
+                    return status
                 self._say_progress()
                 self._step()
                 if self.world.on_main(self._checkpoint_due):
@@ -117,6 +125,28 @@ class Loop:
                 f"The run was interrupted at step {self.state.step} of {self.order.total_steps}.",
                 "Start it again: it goes on from there.",
             ) from None
+        except Exception as error:
+            self._say_what_is_kept(error)
+            raise
+
+    def _ended(self, *, done: bool, stopping: bool) -> Literal["succeeded", "stopped"] | None:
+        """A run that its own evaluations ended has succeeded; `stopped` is what a person asked for."""
+        if done:
+            return "succeeded"
+        if self._verdict.stop:
+            self.stopped_by = self._verdict.stop
+            self.events.log(self._verdict.sentence)
+            return "succeeded"
+        if stopping:
+            self.stopped_by = "request"
+            self.events.log(f"Stopped at step {self.state.step}, as asked. What was learned is kept.")
+            return "stopped"
+        return None
+
+    def _say_what_is_kept(self, error: Exception) -> None:
+        if is_disk_full(error) and self.state.best.step:
+            with contextlib.suppress(OSError):
+                self.events.log(f"The checkpoint of step {self.state.best.step}, the best so far, is kept.")
 
     def _asked_to_stop(self) -> bool:
         self.interrupts.check()
@@ -248,6 +278,14 @@ class Loop:
         if self.state.step == 0:
             self.state.initial_metrics = self.state.last_evaluation
         self._evaluated_step = self.state.step
+        best = self.state.best
+        self._verdict = self.stopping.judge(
+            best, self.state.step, self.state.last_evaluation, self.state.last_training
+        )
+        if self._verdict.is_best and self.config.load_best_model_at_end and self.optimizer.state:
+            if self._checkpoint_step != self.state.step:
+                self._checkpoint()
+            self.world.on_main(lambda: prune_checkpoints(self.run_dir, spare=best.step))
 
     def _checkpoint_due(self) -> bool:
         if self.state.nonfinite_streak or not self.optimizer.state:
@@ -278,10 +316,12 @@ class Loop:
                 trainable=self.trainable,
                 optimizer=self.optimizer,
                 state=dataclasses.asdict(state),
+                spare=self.state.best.step,
             )
             self.events.checkpoint(self.state.step, str(path.relative_to(self.run_dir)))
 
         self.world.on_main(save)
+        self._checkpoint_step = self.state.step
         self._saved = time.monotonic()
 
     def _say_progress(self) -> None:

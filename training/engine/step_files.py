@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from training.contract import PAIRS_DIR, WATCH_DIR, checkpoint_name
+from training.engine.checkpoints import link_or_copy
 
 
 def step_path(folder: Path, step: int, suffix: str) -> Path:
@@ -38,16 +39,8 @@ def continue_files(run_dir: Path, source: Path, step: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             if (source / name).is_dir():
                 shutil.copytree(
-                    source / name, folder, copy_function=_link, ignore=shutil.ignore_patterns(".*")
+                    source / name, folder, copy_function=link_or_copy, ignore=shutil.ignore_patterns(".*")
                 )
         for path in folder.glob("step-*"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
-
-
-def _link(source: str, target: str) -> None:
-    """The same bytes under a second name: the earlier attempt may go."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

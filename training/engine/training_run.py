@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from training.contract import DataCounts, Result, RunConfig, Split
+from training.engine.best_model import adopt_best, keep_best
 from training.engine.checkpoints import (
     Identity,
     Loaded,
@@ -45,6 +46,8 @@ NOT_IDENTITY = {
     "reference_cache_dir", "resume_from", "eval_steps", "save_steps", "save_seconds", "device", "dtype",
     "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "record_pairs",
     "num_devices", "parallelism",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
+    "early_stopping_threshold", "kl_budget",
 }  # fmt: skip
 
 
@@ -126,17 +129,20 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     status = loop.run()
 
     events.phase("saving")
+    kept = world.on_main(lambda: keep_best(loop.state, config, run_dir, policy.trainable, events))
     sha256, size = world.on_main(lambda: save_adapter(policy, tokenizer, config, run_dir))
     peak = max(world.together(lambda: peak_memory_bytes(placement)))
     world.leave()  # after an error the others may not be there to take leave of
     state = loop.state
-    return {
+    result: Result = {
         "status": status,
         "step": state.step,
         "total_steps": order.total_steps,
         "seconds": round(state.seconds + time.monotonic() - started, 3),
         "num_tokens": state.num_tokens,
-        "metrics": state.last_training | state.last_evaluation,
+        "metrics": kept["metrics"],
+        "last_metrics": state.last_training | state.last_evaluation,
+        "model_step": kept["step"],
         "initial_metrics": state.initial_metrics,
         "adapter_sha256": sha256,
         "adapter_bytes": size,
@@ -153,6 +159,12 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "num_devices": world.size,
         "peak_memory_bytes": peak,
     }
+    if state.best.step:
+        result["best_step"] = state.best.step
+        result["best_metric"] = loop.stopping.value(state.best.evaluation)
+    if loop.stopped_by:
+        result["stopped_by"] = loop.stopped_by
+    return result
 
 
 def say_idle_devices(config: RunConfig, world: World, events: EventLog) -> None:
@@ -266,7 +278,9 @@ def resume(loop: Loop, config: RunConfig, run_dir: Path, events: EventLog) -> No
         if loaded is None:
             continue_files(run_dir, run_dir, step=-1)
             return None
-        continue_files(run_dir, loaded.path.parent.parent, step=loaded.step)
+        source = loaded.path.parent.parent
+        continue_files(run_dir, source, step=loaded.step)
+        adopt_best(RunState.from_json(loaded.state), run_dir, source, events)
         return dataclasses.asdict(loaded) | {"path": str(loaded.path)}
 
     found = loop.world.on_main(find)
@@ -276,7 +290,7 @@ def resume(loop: Loop, config: RunConfig, run_dir: Path, events: EventLog) -> No
         return
     loaded = Loaded(**(found | {"path": Path(found["path"])}))
     restore(loaded, loop.policy.trainable, loop.optimizer)
-    loop.state = RunState(**loaded.state)
+    loop.state = RunState.from_json(loaded.state)
     events.log(f"Continued from the checkpoint of step {loaded.step}.")
     changed = sorted(key for key, value in loop.fingerprint.items() if loaded.fingerprint.get(key) != value)
     if changed:
