@@ -55,6 +55,7 @@ DEBUG = env_bool("STUDIO_DEBUG", False)
 # "" = the embedded Valkey kept by `manage.py studio`; "none" = no broker, workers find work in the database.
 REDIS_URL = env_secret("STUDIO_REDIS_URL")
 GPU_SLOTS = env_int("STUDIO_GPU_SLOTS", 0, low=0, high=64)  # 0 = one per GPU, one on a machine without
+REFERENCE_CACHE_BYTES = env_int("STUDIO_REFERENCE_CACHE_MB", 10_000, low=0, high=100_000_000) * 1024 * 1024
 UPLOAD_MAX_BYTES = env_int("STUDIO_UPLOAD_MAX_MB", 2048, low=1, high=1_000_000) * 1024 * 1024
 CHAT_IDLE_SECONDS = env_int("STUDIO_CHAT_IDLE_SECONDS", 300, low=5, high=86_400)
 STARTER_MODEL = env_bool("STUDIO_STARTER_MODEL", True)  # prepare SmolLM2-135M-Instruct at the first start

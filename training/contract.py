@@ -20,7 +20,7 @@ from training.metric_keys import EVAL_PREFIX as EVAL_PREFIX
 from training.metric_keys import KL_PAIRS as KL_PAIRS
 from training.metric_keys import Metric as Metric
 from training.run_checks import ConfigError as ConfigError
-from training.run_checks import check_lengths, check_numbers, check_objective, check_stopping
+from training.run_checks import check_cache, check_lengths, check_numbers, check_objective, check_stopping
 
 # --- names inside a run directory -----------------------------------------------------------------
 CONFIG_FILE = "config.json"
@@ -221,6 +221,7 @@ class RunConfig:
     adapter_path: str = ""  # start from this adapter; the reference is then base + this adapter
     base_model_name: str = ""  # for adapter_config.json and the model card
     reference_cache_dir: str = ""  # "" = no cache beyond this run
+    reference_cache_bytes: int = 0  # the run's end removes what was used longest ago; 0 = no limit of size
     resume_from: str = ""  # a verified checkpoint directory of an earlier attempt
 
     method: str = "dpo"  # dpo | sft | orpo
@@ -274,6 +275,7 @@ class RunConfig:
         check_numbers(self)
         check_objective(self)
         check_lengths(self)
+        check_cache(self)
         check_stopping(self)
 
     @property

@@ -81,6 +81,19 @@ def check_objective(config: RunConfig) -> None:
         raise ConfigError("The loss_type exo_pair needs a label_smoothing above 0; its authors use 0.001.")
 
 
+def check_cache(config: RunConfig) -> None:
+    """A limit without a shared cache would limit nothing."""
+    limit = config.reference_cache_bytes
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+        raise ConfigError(
+            f"reference_cache_bytes must be 0 (no limit) or a whole number above, found {limit!r}."
+        )
+    if limit and not config.reference_cache_dir:
+        raise ConfigError(
+            "reference_cache_bytes limits a shared cache: name its folder in reference_cache_dir."
+        )
+
+
 LENGTHS_PER = ("side", "pair")
 TRUNCATION_MODES = ("keep_end", "keep_start", "drop")
 

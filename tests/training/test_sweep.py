@@ -188,6 +188,17 @@ def test_old_folders_of_deleted_tasks_and_the_trash_are_removed(alice: Any, sett
     assert sorted(path.name for path in runs.iterdir()) == sorted([str(task.pk), "something of a person"])
 
 
+def test_the_cache_of_references_keeps_to_its_limit(settings: Any) -> None:
+    settings.REFERENCE_CACHE_BYTES = 25
+    folder = Path(settings.DATA_DIR) / REFERENCE_CACHE / "a reference"
+    folder.mkdir(parents=True)
+    for name, hours in (("oldest", 9), ("older", 5), ("old", 2)):
+        (folder / f"{name}.safetensors").write_bytes(b"x" * 10)
+        os.utime(folder / f"{name}.safetensors", (time.time() - hours * 3600,) * 2)
+    clean_up()
+    assert sorted(path.stem for path in folder.iterdir()) == ["old", "older"]
+
+
 def test_what_a_reference_said_is_forgotten_when_no_run_has_read_it_for_long(settings: Any) -> None:
     folder = Path(settings.DATA_DIR) / REFERENCE_CACHE / "a reference"
     folder.mkdir(parents=True)

@@ -111,7 +111,8 @@ def _place_adapter(policy: Policy, folder: Path) -> None:
 
 def _finished_step(run_dir: Path) -> int | None:
     result = read_result(run_dir)
-    return int(result["step"]) if "step" in result else None
+    step = result.get("model_step", result.get("step"))
+    return None if step is None else int(step)
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:

@@ -20,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from training.contract import file_sha256
+from training.contract import RunConfig
 from training.engine.data import TokenizedPair, length_sorted_batches
+from training.engine.events import EventLog
 from training.engine.logps import token_logps
 from training.engine.policy import Placement, Policy
+from training.reference_cache import SHARD, TEMPORARY, evict
 
 FORMAT = 1  # raise it when the numbers in a shard would change
 SHARD_PAIRS = 512
@@ -54,6 +56,7 @@ class ReferenceLogps:
         self._records: dict[bytes, Floats] = {}
         self._unsaved: dict[bytes, Floats] = {}
         self._written = time.monotonic()
+        self.used: set[Path] = set()  # shards that this run read from or wrote
 
     def __contains__(self, pair: TokenizedPair) -> bool:
         return pair.digest() in self._records
@@ -73,19 +76,23 @@ class ReferenceLogps:
         missing = {pair.digest(): pair.num_completion_tokens for pair in wanted}
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
-                if file_sha256(path) != path.stem:
+                content = path.read_bytes()  # read once: what is taken is what was verified
+                if hashlib.sha256(content).hexdigest() != path.stem:
                     raise ValueError("the bytes do not match the name")
-                if self._take(path, missing):
-                    os.utime(path)  # the studio forgets what no run has read for a month
+                if self._take(content, missing):
+                    self.used.add(path)
+                    os.utime(path)  # see `training.reference_cache`: what nobody reads goes first
+            except FileNotFoundError:
+                continue  # evicted meanwhile
             except (OSError, ValueError, KeyError) as error:
                 logger.warning("reference shard %s is removed: %s", path.name, error)
                 path.unlink(missing_ok=True)
 
-    def _take(self, path: Path, missing: dict[bytes, int]) -> bool:
+    def _take(self, content: bytes, missing: dict[bytes, int]) -> bool:
         """Whether the shard had anything of what is missing."""
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load
 
-        shard = load_file(path)
+        shard = load(content)
         ends = np.cumsum(shard["lengths"])
         before = len(self._records)
         for row, end, length in zip(shard["keys"], ends, shard["lengths"], strict=True):
@@ -112,16 +119,18 @@ class ReferenceLogps:
                 "logps": np.concatenate(list(self._unsaved.values())),
             }
         )
+        path = self._folder / f"{hashlib.sha256(content).hexdigest()}{SHARD}"
         self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f".{uuid.uuid4().hex}.tmp"
+        temporary = self._folder / f".{uuid.uuid4().hex}{TEMPORARY}"
         try:
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self._folder / f"{hashlib.sha256(content).hexdigest()}.safetensors")
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+        self.used.add(path)
         self._unsaved.clear()
         self._written = time.monotonic()
 
@@ -169,3 +178,21 @@ def score_reference(
         world.together(lambda: records.require(pairs))
     logger.info("reference log-probabilities of %d pairs, %d of them computed", len(pairs), len(todo))
     return records
+
+
+def limit_cache(config: RunConfig, records: ReferenceLogps | None, events: EventLog) -> None:
+    """At a run's end: what no run has used for long leaves the shared cache. What this run used stays."""
+    if not config.reference_cache_dir:
+        return
+    folder, limit = Path(config.reference_cache_dir), config.reference_cache_bytes
+    found = evict(folder, limit_bytes=limit, keep=records.used if records else ())
+    if found.removed_files:
+        logger.info(
+            "the reference cache gave up %d files, %d bytes", found.removed_files, found.removed_bytes
+        )
+    if limit and found.left_bytes > limit:
+        events.log(
+            f"The cache of reference log-probabilities holds {found.left_bytes / 1e6:.0f} MB, more than its "
+            f"{limit / 1e6:.0f} MB: what runs use now is not removed. A larger limit would keep it for the next runs.",
+            "warning",
+        )

@@ -34,7 +34,7 @@ from training.engine.objective import NO_REFERENCE, Objective
 from training.engine.order import Order
 from training.engine.outputs import fingerprint, peak_memory_bytes, save_adapter, versions
 from training.engine.policy import Placement, Policy, load_policy, load_tokenizer, use_fast_layout
-from training.engine.reference import ReferenceLogps, score_reference
+from training.engine.reference import ReferenceLogps, limit_cache, score_reference
 from training.engine.step_files import continue_files
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 # look, and how a step's pairs are cut into micro-batches (their product is part of the identity).
 NOT_IDENTITY = {
     "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name",
-    "reference_cache_dir", "resume_from", "eval_steps", "save_steps", "save_seconds", "device", "dtype",
+    "reference_cache_dir", "reference_cache_bytes", "resume_from",
+    "eval_steps", "save_steps", "save_seconds", "device", "dtype",
     "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "record_pairs",
     "num_devices", "parallelism",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
@@ -131,6 +132,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     events.phase("saving")
     kept = world.on_main(lambda: keep_best(loop.state, config, run_dir, policy.trainable, events))
     sha256, size = world.on_main(lambda: save_adapter(policy, tokenizer, config, run_dir))
+    world.on_main(lambda: limit_cache(config, reference, events))
     peak = max(world.together(lambda: peak_memory_bytes(placement)))
     world.leave()  # after an error the others may not be there to take leave of
     state = loop.state

@@ -80,6 +80,7 @@ def prepare(task: TrainingTask, run: Run) -> Prepared:
             train_path=str(data / TRAIN_FILE),
             eval_path=str(data / EVAL_FILE) if num_eval else "",
             reference_cache_dir=str(Path(settings.DATA_DIR) / REFERENCE_CACHE),
+            reference_cache_bytes=settings.REFERENCE_CACHE_BYTES,
             resume_from=str(checkpoint.folder) if checkpoint else "",
             eval_steps=every,
             device="auto" if run.device == "cpu" else "cuda",

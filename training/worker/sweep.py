@@ -23,6 +23,7 @@ from datasets_app.leases import bell_is_due, lease_is_free
 from training import states
 from training.contract import LOG_FILE
 from training.models import Run, TrainingTask, WorkerHost
+from training.reference_cache import evict
 from training.services.history import event_add
 from training.services.queue import RUN_TASK, live_hosts, no_broker, ring, runnable_tasks
 from training.services.tasks import TRASH
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 Status = TrainingTask.Status
 ORPHAN_SECONDS = 3600.0
-REFERENCE_SECONDS = 30 * 86_400.0
 
 
 def sweep(*, who: Identity, limits: Times, serves_gpu: bool) -> None:
@@ -134,7 +134,7 @@ def work_is_left(who: Identity) -> bool:
 
 def clean_up() -> None:
     """What crashes left on disk: the trash, and run folders whose task was deleted; and a cache that only grows."""
-    _forget_references()
+    evict(Path(settings.DATA_DIR) / REFERENCE_CACHE, limit_bytes=settings.REFERENCE_CACHE_BYTES)
     runs = Path(settings.RUNS_DIR)
     if not runs.is_dir():
         return
@@ -145,12 +145,3 @@ def clean_up() -> None:
             old = time.time() - folder.stat().st_mtime > ORPHAN_SECONDS
             if old and not TrainingTask.objects.filter(pk=task_id).exists():
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _forget_references() -> None:
-    """Runs read the cache once, at their start, and freshen what they read: a file may go at any time."""
-    oldest = time.time() - REFERENCE_SECONDS
-    for path in (Path(settings.DATA_DIR) / REFERENCE_CACHE).glob("*/*"):
-        with contextlib.suppress(OSError):
-            if path.stat().st_mtime < oldest:
-                path.unlink()
