@@ -201,6 +201,8 @@ class Result(TypedDict, total=False):
     device: str
     dtype: str
     num_devices: int
+    gradient_checkpointing: bool  # whether activations were computed again
+    activations: str  # a sentence: kept or not, and how much memory that takes
     peak_memory_bytes: int  # of the fullest device, or of the process on a CPU
 
 
@@ -267,7 +269,7 @@ class RunConfig:
     kl_budget: float = 0.0  # nats per token: the run ends when eval_kl passes it; 0 = off
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16
-    gradient_checkpointing: str = "auto"  # auto | on | off
+    gradient_checkpointing: str = "auto"  # auto (where keeping activations would not fit) | on | off
     num_devices: int = 1  # the micro-batches of a step are shared out over so many; the batch stays as stated
     parallelism: str = "data"  # data: each device holds the model | fsdp: the frozen weights are divided too
 

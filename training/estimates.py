@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from training.activation_memory import ActivationPlan, plan_activations
+
 MIB = 1024**2
 GIB = 1024**3
 
 EVALUATIONS_AIMED_AT = 10  # when the person leaves "evaluate every" to the studio
-CHECKPOINTING_FROM = 1_000_000_000  # parameters; the engine's own limit, on a GPU
-TRAIN_BUDGET = {"cpu": 512, "cuda": 32_768}  # tokens of one forward with gradient; the engine's own limits
 LOGITS_ROWS = 256  # rows of the vocabulary projection that are alive at once
 RUNTIME_BYTES = {
     "cpu": 800 * MIB,
@@ -171,42 +171,46 @@ def memory(shape: ModelShape, parameters: Mapping[str, Any], tokens: PairTokens,
 
     weights      parameters * 2 bytes (bf16 on a GPU) or 4 (float32 on a CPU)
     adapter      LoRA parameters * 16: value, gradient and two AdamW moments in float32
-    activations  tokens of the fullest forward * bytes kept per token. A forward holds batch_size pairs, or
-                 as many as the engine's token budget lets in, and one at the least. A token keeps
-                 per layer 4 hidden (float32) + 4 attention + 4 experts_per_token * intermediate, measured;
-                 dropout adds 1.4 * (5 hidden + attention + intermediate): dropped inputs and their masks.
-                 A layer more is at work in the backward pass. From 1e9 parameters on, a GPU keeps only
-                 1.25 hidden per layer and computes the rest of one layer at a time again
+    activations  tokens of the fullest forward * bytes kept per token (`training.activation_memory`). A forward
+                 holds batch_size pairs, or as many as the engine's token budget lets in, and one at the least
     logits       256 rows of the vocabulary * (values, gradient, softmax) * 4 bytes
     """
-    size = machine.bytes_per_weight
-    longest = _longest_pair(parameters, tokens)
-    budget = max(TRAIN_BUDGET[machine.device], longest)
-    fullest = min(int(parameters["per_device_train_batch_size"]) * longest, budget)
-    layer = _kept_per_layer(shape, dropout=parameters["lora_dropout"] > 0, size=size)
-    if is_checkpointed(shape, machine):
-        per_token = shape.num_layers * 1.25 * shape.hidden_size * 4 + layer
-    else:
-        per_token = (shape.num_layers + 1) * layer
+    found = _activations(shape, parameters, tokens, machine)
+    return dataclasses.replace(_fixed(shape, parameters, machine), activations=found.activation_bytes)
+
+
+def is_checkpointed(
+    shape: ModelShape, parameters: Mapping[str, Any], tokens: PairTokens, machine: Machine
+) -> bool:
+    """Does the engine compute activations again instead of keeping them?"""
+    return _activations(shape, parameters, tokens, machine).checkpointed
+
+
+def _fixed(shape: ModelShape, parameters: Mapping[str, Any], machine: Machine) -> Memory:
+    """Everything but the activations."""
     return Memory(
-        weights=shape.num_parameters * size,
+        weights=shape.num_parameters * machine.bytes_per_weight,
         adapter=lora_parameters(shape, parameters) * 16,
-        activations=int(fullest * per_token),
+        activations=0,
         logits=LOGITS_ROWS * shape.vocab_size * 4 * 3,
         runtime=RUNTIME_BYTES[machine.device],
     )
 
 
-def is_checkpointed(shape: ModelShape, machine: Machine) -> bool:
-    """Does the engine compute activations again instead of keeping them?"""
-    return machine.device == "cuda" and shape.num_parameters >= CHECKPOINTING_FROM
-
-
-def _kept_per_layer(shape: ModelShape, *, dropout: bool, size: int) -> float:
-    """Bytes that one layer keeps of one token for its backward pass."""
-    h, a, i = shape.hidden_size, shape.attention_width, shape.intermediate_size * shape.experts_per_token
-    kept = 4.0 * h * 4 + (4.0 * a + 4.0 * i) * size
-    return kept + (1.4 * (5 * h + a + i) * size if dropout else 0.0)
+def _activations(
+    shape: ModelShape, parameters: Mapping[str, Any], tokens: PairTokens, machine: Machine
+) -> ActivationPlan:
+    return plan_activations(
+        shape,
+        device=machine.device,
+        size=machine.bytes_per_weight,
+        dropout=parameters["lora_dropout"] > 0,
+        batch_size=int(parameters["per_device_train_batch_size"]),
+        longest=_longest_pair(parameters, tokens),
+        fixed_bytes=_fixed(shape, parameters, machine).total,
+        memory_bytes=machine.memory_bytes,
+        switch=str(parameters.get("gradient_checkpointing", "auto")),
+    )
 
 
 def _longest_pair(parameters: Mapping[str, Any], tokens: PairTokens) -> int:
@@ -265,7 +269,7 @@ def seconds(
     pair = shared + min(side - shared, tokens.chosen) + min(side - shared, tokens.rejected)
     trained_pairs = total_steps * effective_batch(parameters)
     limit = max(1.0, num_train_pairs * float(parameters["num_train_epochs"]))
-    again = 2 * n if is_checkpointed(shape, machine) else 0
+    again = 2 * n if is_checkpointed(shape, parameters, tokens, machine) else 0
     each = 4 * n + again + 6 * lora_parameters(shape, parameters)
     work = pair * min(trained_pairs, math.ceil(limit)) * each
     work += pair * (min(trained_pairs, num_train_pairs) + num_eval_pairs) * 2 * n

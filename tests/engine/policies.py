@@ -9,6 +9,7 @@ import torch
 
 from tests.tiny import tiny_pairs
 from training.contract import RunConfig
+from training.engine.activations import use_activations
 from training.engine.data import TokenizedPair, tokenize_pairs
 from training.engine.policy import Placement, Policy, load_policy, load_tokenizer, use_fast_layout
 
@@ -35,6 +36,7 @@ def tiny_policy(config: RunConfig, *, packed: bool = True, bent: bool = True) ->
     policy = load_policy(config, Placement.choose(config), pairs[:1])
     if packed:
         assert "both of its answers" in use_fast_layout(policy, pairs)
+    use_activations(policy, config, pairs)
     if bent:
         bend(policy)
     return policy

@@ -3,9 +3,6 @@ measured."""
 
 from __future__ import annotations
 
-import ast
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,15 +114,6 @@ def test_a_large_batch_is_computed_in_parts_that_fit_the_engine_s_budget() -> No
     assert gpu[0] < gpu[1] == gpu[2]
 
 
-def test_budgets_and_limits_are_those_of_the_engine() -> None:
-    """Read from its source: importing it would cost this fast test a second of torch."""
-    engine = Path(estimates.__file__).parent / "engine"
-    (budget,) = re.findall(r"^TRAIN_BUDGET = (\{.+\})$", (engine / "loop.py").read_text(), re.M)
-    assert ast.literal_eval(budget) == estimates.TRAIN_BUDGET
-    (limit,) = re.findall(r"^CHECKPOINTING_FROM = ([\d_]+)", (engine / "policy.py").read_text(), re.M)
-    assert int(limit) == estimates.CHECKPOINTING_FROM
-
-
 def test_a_small_model_fits_and_a_large_one_is_refused_with_numbers() -> None:
     assert estimate().fit.verdict == "fits"
     found = estimate(hub_id="Qwen/Qwen3-30B-A3B")
@@ -135,7 +123,9 @@ def test_a_small_model_fits_and_a_large_one_is_refused_with_numbers() -> None:
 
 
 def test_between_fitting_and_not_there_is_tight() -> None:
-    need = estimate().memory.total
+    # So near to the limit the engine computes activations again: what that needs is what counts.
+    need = estimate(estimates.cpu_machine(memory_bytes=1, cores=2)).memory.total
+    assert need < estimate().memory.total
     for share, verdict in ((0.79, "fits"), (0.81, "tight"), (0.94, "tight"), (0.96, "too_large")):
         machine = estimates.cpu_machine(memory_bytes=int(need / share), cores=2)
         assert estimate(machine).fit.verdict == verdict, share

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from training.activation_memory import TRAIN_BUDGET
 from training.contract import Metric, RunConfig
 from training.engine.checkpoints import Identity, prune_checkpoints, save_checkpoint, tensors_sha256
 from training.engine.data import TokenizedPair, noun_of, within_budget
@@ -32,8 +33,6 @@ from training.engine.routing import LoadBalance
 from training.engine.stopping import Best, Stopping, Verdict
 
 NONFINITE_LIMIT = 3
-# Tokens of a forward with gradient. A CPU is no faster with more of them, and their activations fill its memory.
-TRAIN_BUDGET = {"cpu": 512, "cuda": 32768}
 Values = dict[str, float | None]
 StoppedBy = Literal["request", "early_stopping", "kl_budget"]
 logger = logging.getLogger(__name__)
@@ -87,7 +86,8 @@ class Loop:
         self.scorer = policy.scorer
         self.balance = LoadBalance.of(policy.scorer, config.router_aux_loss_coef)
         self.trainable = policy.trainable
-        self.budget = TRAIN_BUDGET[policy.scorer.placement.device.type]
+        plan = policy.activations
+        self.budget = plan.token_budget if plan else TRAIN_BUDGET[policy.scorer.placement.device.type]
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )

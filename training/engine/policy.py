@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.activation_memory import ActivationPlan
 from training.contract import RunConfig, file_sha256
 from training.engine.data import TokenizedPair
 from training.engine.distributed import ALONE, World
@@ -25,7 +26,6 @@ from training.engine.plain import CompletionStates, Layout, padded_states
 from training.engine.routing import recorded_routing
 
 POLICY, REFERENCE = "default", "reference"  # adapter names in peft
-CHECKPOINTING_FROM = 1_000_000_000  # parameters; below, activations of a micro-batch are small
 PROBE_TOLERANCE = 1e-3  # nats; layouts and heads that differ by more are wrong, not rounded
 
 
@@ -99,6 +99,7 @@ class Policy:
     weights_sha256: str
     has_reference_adapter: bool
     reference_sentence: str
+    activations: ActivationPlan | None = None
 
     @property
     def layout_name(self) -> str:
@@ -172,8 +173,6 @@ def load_policy(config: RunConfig, placement: Placement, probe: Sequence[Tokeniz
     torch.manual_seed(config.seed)  # the adapter's first weights
     model = _continue_adapter(base, config) if config.adapter_path else _new_adapter(base, config)
     model.to(placement.device)
-    if _wants_checkpointing(config, base, placement):
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     name = config.base_model_name or Path(config.model_path).name
     policy = Policy(
         model=model,
@@ -348,12 +347,6 @@ def _check_adapter(model: Any, folder: Path) -> None:
     placed = set(get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False))
     if names != placed:
         raise ValueError(f"{len(names ^ placed)} of its weights have no place in the model")
-
-
-def _wants_checkpointing(config: RunConfig, base: Any, placement: Placement) -> bool:
-    if config.gradient_checkpointing == "auto":
-        return placement.device.type == "cuda" and base.num_parameters() >= CHECKPOINTING_FROM
-    return config.gradient_checkpointing == "on"
 
 
 def _weights_sha256(config: RunConfig) -> str:

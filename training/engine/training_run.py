@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from training.contract import DataCounts, Result, RunConfig, Split
+from training.engine.activations import use_activations
 from training.engine.best_model import adopt_best, keep_best
 from training.engine.checkpoints import (
     Identity,
@@ -92,6 +93,8 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     events.phase("loading_model")
     policy = load_policy(config, placement, data.train[:1])
     events.log(use_fast_layout(policy, [*data.train, *data.evaluation]))
+    activations = use_activations(policy, config, data.train)
+    events.log(activations.sentence)
     reference_sentence = policy.reference_sentence if objective.needs_reference else NO_REFERENCE
     events.plan(
         total_steps=order.total_steps,
@@ -123,7 +126,8 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         events=events,
         interrupts=interrupts,
         identity=identity_of(config, data.train, policy),
-        fingerprint=fingerprint(placement, policy.layout_name, config),
+        fingerprint=fingerprint(placement, policy.layout_name, config)
+        | {"gradient_checkpointing": str(activations.checkpointed)},
     )
     resume(loop, config, run_dir, events)
     world.require_same("the model", f"{policy.layout_name} {tensors_sha256(policy.trainable)}")
@@ -159,6 +163,8 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "device": placement.device.type,
         "dtype": placement.dtype_name,
         "num_devices": world.size,
+        "gradient_checkpointing": activations.checkpointed,
+        "activations": activations.sentence,
         "peak_memory_bytes": peak,
     }
     if state.best.step:

@@ -1,0 +1,55 @@
+"""Whether a run keeps its activations or computes them again, decided from its own pairs and machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.activation_memory import TRAIN_BUDGET, ActivationPlan, plan_activations
+from training.contract import RunConfig
+from training.engine.data import TokenizedPair
+from training.engine.errors import RefusedError
+from training.engine.packed import packed_states
+from training.engine.policy import Policy
+from training.estimates import LOGITS_ROWS, RUNTIME_BYTES
+
+
+def use_activations(policy: Policy, config: RunConfig, pairs: Sequence[TokenizedPair]) -> ActivationPlan:
+    """Plan for the longest of the pairs, after the layout is chosen; switches checkpointing on where needed."""
+    from training.engine.estimating import shape_of_folder, this_machine
+
+    placement = policy.scorer.placement
+    kind, size = placement.device.type, placement.dtype.itemsize
+    packed = policy.scorer.layout is packed_states
+    trainable = sum(tensor.numel() for tensor in policy.trainable.values())
+    frozen = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
+    try:
+        shape = shape_of_folder(Path(config.model_path))
+    except RefusedError:  # nothing to plan with: what the person said, or everything is kept
+        plan = ActivationPlan(TRAIN_BUDGET[kind], config.gradient_checkpointing == "on", 0, 0, 0)
+    else:
+        plan = plan_activations(
+            shape,
+            device=kind,
+            size=size,
+            dropout=config.lora_dropout > 0,
+            batch_size=config.per_device_train_batch_size,
+            longest=max(tokens_of(pair, packed=packed) for pair in pairs),
+            fixed_bytes=frozen + 12 * trainable + 12 * LOGITS_ROWS * shape.vocab_size + RUNTIME_BYTES[kind],
+            memory_bytes=this_machine(placement.device).memory_bytes,
+            switch=config.gradient_checkpointing,
+        )
+    if plan.checkpointed:
+        policy.model.get_base_model().activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    policy.activations = plan
+    return plan
+
+
+def tokens_of(pair: TokenizedPair, *, packed: bool) -> int:
+    """Rows of hidden states that the pair takes in a forward of its own."""
+    if packed:
+        return pair.num_tokens
+    sides = [side for side in (pair.chosen, pair.rejected) if len(side)]
+    return len(sides) * (len(pair.prompt) + max(len(side) for side in sides))
