@@ -28,6 +28,7 @@ RENDEZVOUS_VARIABLE = "STUDIO_RENDEZVOUS"  # a file through which the ranks of o
 GRACE_SECONDS = 20.0  # for the others to say how they end, when one rank has ended badly
 POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1
+COMMAND = (sys.executable, "-m", "training.engine")
 
 
 def world_size() -> int:
@@ -88,7 +89,7 @@ class Ranks:
         for index in range(count):
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "training.engine", *arguments],
+                    [*COMMAND, *arguments],
                     stdin=subprocess.PIPE,  # held open, never written: its end tells the rank that this is gone
                     env=_environment(index, count, rendezvous),
                     preexec_fn=_killed_with_this_process(),
