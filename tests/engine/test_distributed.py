@@ -214,3 +214,54 @@ def test_all_ranks_refuse_alike(new_run: NewRun, settings: dict[str, Any], sente
     run = new_run(**settings)
     assert train_on(run, 2) == [ExitCode.REFUSED] * 2
     assert sentence in run.result["error"]
+
+
+@pytest.mark.parametrize("checkpointing", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_divided_weights_train_what_whole_ones_train(
+    new_run: NewRun, both: RunFolder, checkpointing: str
+) -> None:
+    """FSDP: each rank holds half of every layer; bit for bit what two whole models give."""
+    real = loop.Loop.run
+
+    def bend(rank: int) -> None:
+        def look(self: loop.Loop) -> Any:
+            layers = self.policy.scorer.decoder.layers
+            frozen = [tensor for tensor in layers.parameters() if not tensor.requires_grad]
+            mine = sum(tensor.to_local().numel() for tensor in frozen)
+            (run.path / f"share-{rank}").write_text(f"{mine} {sum(tensor.numel() for tensor in frozen)}")
+            return real(self)
+
+        loop.Loop.run = look  # type: ignore[method-assign]
+
+    run = new_run(**SETTINGS, parallelism="fsdp", gradient_checkpointing=checkpointing)
+    assert train_on(run, 2, as_rank=bend) == [0, 0]
+    mine, whole = map(int, (run.path / "share-1").read_text().split())
+    assert mine == whole / 2
+    assert run.result["adapter_sha256"] == both.result["adapter_sha256"]
+    assert run.points("train") == both.points("train")
+    assert run.points("eval") == both.points("eval")
+
+
+@pytest.mark.slow
+def test_divided_weights_continue_an_adapter_and_a_checkpoint(new_run: NewRun, both: RunFolder) -> None:
+    settings = SETTINGS | {"adapter_path": str(both.path / "adapter"), "gradient_accumulation_steps": 3}
+    whole, divided = new_run("whole", **settings), new_run("divided", **settings, parallelism="fsdp")
+    assert train_on(whole, 2) == [0, 0]
+
+    class LeaveAt(Interrupts):
+        def check(self) -> None:
+            self.terminated = 3 in divided.points("train")
+            super().check()
+
+    codes = train_on(divided, 2, as_rank=lambda rank: LeaveAt(divided.path))
+    assert codes == [ExitCode.INTERRUPTED] * 2
+    assert train_on(divided, 2) == [0, 0]
+    assert divided.points("eval")[0]["eval_loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert divided.points("train") == whole.points("train")
+    assert divided.result["adapter_sha256"] == whole.result["adapter_sha256"]
+
+
+def test_divided_weights_need_more_than_one_device(new_run: NewRun) -> None:
+    run = new_run(parallelism="fsdp")
+    assert run.train() == ExitCode.REFUSED
+    assert "Set num_devices to 2 or more" in run.result["next_step"]

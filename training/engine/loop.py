@@ -18,7 +18,7 @@ from training.activation_memory import TRAIN_BUDGET
 from training.contract import Metric, RunConfig
 from training.engine.checkpoints import Identity, prune_checkpoints, save_checkpoint, tensors_sha256
 from training.engine.data import TokenizedPair, noun_of, within_budget
-from training.engine.errors import DivergedError, InterruptedRunError, is_disk_full
+from training.engine.errors import DivergedError, InterruptedRunError, RefusedError, is_disk_full
 from training.engine.evaluation import Evaluator
 from training.engine.events import EventLog, finite
 from training.engine.interrupts import Interrupts
@@ -85,6 +85,11 @@ class Loop:
         self.record = PairRecord(run_dir, self.objective, self.world, wanted=config.record_pairs)
         self.scorer = policy.scorer
         self.balance = LoadBalance.of(policy.scorer, config.router_aux_loss_coef)
+        if self.balance is not None and self.world.lockstep:
+            raise RefusedError(  # its extra passes depend on how a rank's own pairs are cut
+                "The parallelism fsdp cannot keep the use of the experts balanced.",
+                "Set router_aux_loss_coef to 0, or the parallelism to data.",
+            )
         self.trainable = policy.trainable
         plan = policy.activations
         self.budget = plan.token_budget if plan else TRAIN_BUDGET[policy.scorer.placement.device.type]

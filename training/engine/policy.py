@@ -24,6 +24,7 @@ from training.engine.logps import Head
 from training.engine.packed import choose_layout, tried, use_shared_prefix
 from training.engine.plain import CompletionStates, Layout, padded_states
 from training.engine.routing import recorded_routing
+from training.engine.sharding import divide_frozen_weights
 
 POLICY, REFERENCE = "default", "reference"  # adapter names in peft
 PROBE_TOLERANCE = 1e-3  # nats; layouts and heads that differ by more are wrong, not rounded
@@ -172,6 +173,8 @@ def load_policy(config: RunConfig, placement: Placement, probe: Sequence[Tokeniz
     decoder, head = _parts(base)
     torch.manual_seed(config.seed)  # the adapter's first weights
     model = _continue_adapter(base, config) if config.adapter_path else _new_adapter(base, config)
+    if placement.world.lockstep:
+        divide_frozen_weights(decoder, placement.device, placement.world)
     model.to(placement.device)
     name = config.base_model_name or Path(config.model_path).name
     policy = Policy(
