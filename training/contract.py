@@ -178,6 +178,7 @@ class Result(TypedDict, total=False):
     step: int
     total_steps: int
     seconds: float
+    phase_seconds: dict[str, float]  # wall time in each of PHASES, all attempts together
     num_tokens: int
     metrics: dict[
         str, float | None
@@ -221,6 +222,7 @@ class RunConfig:
     train_path: str
     eval_path: str = ""  # "" = no validation
     adapter_path: str = ""  # start from this adapter; the reference is then base + this adapter
+    chat_template_path: str = ""  # a Jinja file; "" = the tokenizer's own
     base_model_name: str = ""  # for adapter_config.json and the model card
     reference_cache_dir: str = ""  # "" = no cache beyond this run
     reference_cache_bytes: int = 0  # the run's end removes what was used longest ago; 0 = no limit of size

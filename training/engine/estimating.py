@@ -62,6 +62,7 @@ class RunEstimate(TypedDict):
 
 def estimate(config: RunConfig) -> RunEstimate:
     """See `training.engine.estimate`."""
+    config = dataclasses.replace(config, num_devices=1)  # counts and memory of a device do not depend on it
     check_config(config)
     make_quiet_and_deterministic()
     placement = Placement.choose(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO, cast
 
-from training.contract import EVENTS_FILE, LOG_FILE, Event, PlanEvent, Split
+from training.contract import EVENTS_FILE, LOG_FILE, PHASES, Event, PlanEvent, Split
 
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PHASE_INTERVAL = 0.5  # seconds between two phase events of the same phase
@@ -37,8 +37,13 @@ class EventLog:
         self._file = path.open("a", encoding="utf-8")
         if torn:
             self._file.write("\n")
+        self._start()
+
+    def _start(self) -> None:
         self._phase = ""
-        self._phase_time = 0.0
+        self._phase_time = 0.0  # of the last phase event
+        self._since = time.monotonic()  # of the phase's begin, as far as it is not in `_spent`
+        self._spent: dict[str, float] = {}
 
     def __enter__(self) -> EventLog:
         return self
@@ -58,10 +63,28 @@ class EventLog:
         same = phase == self._phase
         if same and done != total and now - self._phase_time < PHASE_INTERVAL:
             return
+        if not same:
+            self._spend(phase)
         self._phase, self._phase_time = phase, now
         if not same:
             logger.info("phase %s", phase)
         self.write({"type": "phase", "time": now, "phase": phase, "done": done, "total": total, "unit": unit})
+
+    def phase_seconds(self, before: Mapping[str, float]) -> dict[str, float]:
+        """Wall time in each phase so far, with what earlier attempts spent in it."""
+        self._spend(self._phase)
+        return {
+            phase: round(before.get(phase, 0.0) + self._spent.get(phase, 0.0), 3)
+            for phase in PHASES
+            if phase in before or phase in self._spent
+        }
+
+    def _spend(self, next_phase: str) -> None:
+        now = time.monotonic()
+        if self._phase:
+            self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since
+        self._since = now
+        self._phase = next_phase
 
     def plan(self, **facts: Any) -> None:
         event: PlanEvent = {"type": "plan", "time": time.time(), **facts}  # type: ignore[typeddict-item]
@@ -83,8 +106,7 @@ class LoggedEvents(EventLog):
     """For commands beside a run: its events.jsonl is left alone, sentences go to the log only."""
 
     def __init__(self) -> None:
-        self._phase = ""
-        self._phase_time = 0.0
+        self._start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -41,8 +41,9 @@ class Kept:
 
 
 def load_config(run_dir: Path) -> RunConfig:
-    """The run's settings without its pairs, which may be gone by now."""
-    return dataclasses.replace(RunConfig.load(run_dir), train_path="", eval_path="", resume_from="")
+    """The run's settings, without its pairs, which may be gone by now, and for this one process."""
+    config = RunConfig.load(run_dir)
+    return dataclasses.replace(config, train_path="", eval_path="", resume_from="", num_devices=1)
 
 
 def find_kept(run_dir: Path, checkpoint: str) -> Kept:

@@ -18,7 +18,8 @@ from training.activation_memory import TRAIN_BUDGET
 from training.contract import Metric, RunConfig
 from training.engine.checkpoints import Identity, prune_checkpoints, save_checkpoint, tensors_sha256
 from training.engine.data import TokenizedPair, noun_of, within_budget
-from training.engine.errors import DivergedError, InterruptedRunError, RefusedError, is_disk_full
+from training.engine.divergence import is_exploding, require_calm_gradients, require_finite_updates
+from training.engine.errors import InterruptedRunError, RefusedError, is_disk_full
 from training.engine.evaluation import Evaluator
 from training.engine.events import EventLog, finite
 from training.engine.interrupts import Interrupts
@@ -32,7 +33,6 @@ from training.engine.reference import ReferenceLogps
 from training.engine.routing import LoadBalance
 from training.engine.stopping import Best, Stopping, Verdict
 
-NONFINITE_LIMIT = 3
 Values = dict[str, float | None]
 StoppedBy = Literal["request", "early_stopping", "kl_budget"]
 logger = logging.getLogger(__name__)
@@ -45,7 +45,10 @@ class RunState:
     step: int = 0  # optimizer steps done
     num_tokens: int = 0
     seconds: float = 0.0  # spent by earlier attempts up to their checkpoint
+    phase_seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # likewise
     nonfinite_streak: int = 0
+    exploding_streak: int = 0
+    grad_norms: list[float] = dataclasses.field(default_factory=list)  # of the last calm steps
     initial_metrics: Values = dataclasses.field(default_factory=dict)
     last_training: Values = dataclasses.field(default_factory=dict)
     last_evaluation: Values = dataclasses.field(default_factory=dict)
@@ -216,7 +219,7 @@ class Loop:
         self.state.last_training = {key: finite(value) for key, value in values.items()}
         self.events.metrics("train", self.state.step, values)
         self._say_progress()
-        self._count_nonfinite(usable)
+        self._watch(usable, norm)
 
     def _accumulate(
         self, step: int, micro_batches: list[list[int]], num_pairs: int, tokens_per_pair: float
@@ -248,19 +251,25 @@ class Loop:
             (losses.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
         return window.state(), None if self.balance is None else self.balance.end()
 
-    def _count_nonfinite(self, usable: bool) -> None:
-        self.state.nonfinite_streak = 0 if usable else self.state.nonfinite_streak + 1
-        if usable:
-            return
-        self.events.log(
-            f"Step {self.state.step} gave a loss or gradient that is not finite: skipped.", "warning"
-        )
-        if self.state.nonfinite_streak >= NONFINITE_LIMIT:
-            raise DivergedError(
-                f"Training diverged: {NONFINITE_LIMIT} updates in a row had no finite loss or gradient.",
-                "Lower the learning_rate, or raise warmup_ratio"
-                + (" or beta." if self.objective.needs_reference else "."),
+    def _watch(self, usable: bool, norm: float) -> None:
+        """What happened to this update, for the log; raises `DivergedError` when it happens again and again."""
+        state, max_norm = self.state, self.config.max_grad_norm
+        remedy = "Lower the learning_rate, or raise warmup_ratio"
+        remedy += " or beta." if self.objective.needs_reference else "."
+        state.nonfinite_streak = 0 if usable else state.nonfinite_streak + 1
+        if not usable:
+            self.events.log(
+                f"Step {state.step} gave a loss or gradient that is not finite: skipped.", "warning"
             )
+            require_finite_updates(state.nonfinite_streak, remedy)
+        elif is_exploding(state.grad_norms, norm, max_norm):
+            state.exploding_streak += 1
+            self.events.log(
+                f"Step {state.step} had a gradient norm of {norm:.3g}, far above the usual.", "warning"
+            )
+            require_calm_gradients(state.exploding_streak, norm, state.grad_norms, remedy)
+        else:
+            state.exploding_streak = 0
 
     def _evaluation_due(self, last: bool) -> bool:
         step, every = self.state.step, self.config.eval_steps
@@ -293,7 +302,7 @@ class Loop:
             self.world.on_main(lambda: prune_checkpoints(self.run_dir, spare=best.step))
 
     def _checkpoint_due(self) -> bool:
-        if self.state.nonfinite_streak or not self.optimizer.state:
+        if self.state.nonfinite_streak or self.state.exploding_streak or not self.optimizer.state:
             return False
         step = self.state.step
         on_time = time.monotonic() - self._saved >= self.config.save_seconds
@@ -308,7 +317,11 @@ class Loop:
     def _checkpoint(self) -> None:
         self.record.flush(self.state.step)  # before: what the checkpoint has behind it is on disk
         now = time.monotonic()
-        state = dataclasses.replace(self.state, seconds=round(self.state.seconds + now - self._started, 3))
+        state = dataclasses.replace(
+            self.state,
+            seconds=round(self.state.seconds + now - self._started, 3),
+            phase_seconds=self.events.phase_seconds(self.state.phase_seconds),
+        )
         self.world.require_same("the weights", tensors_sha256(self.trainable))
 
         def save() -> None:

@@ -159,6 +159,8 @@ def load_tokenizer(config: RunConfig) -> Any:
             f"The tokenizer of the base model cannot be read: {_first_line(error)}",
             "Download the base model again, or choose another.",
         ) from error
+    if config.chat_template_path:
+        tokenizer.chat_template = Path(config.chat_template_path).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise RefusedError(
             "The base model has no chat template, so its conversations cannot be written the way it expects.",

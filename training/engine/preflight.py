@@ -41,6 +41,8 @@ def check_config(config: RunConfig) -> None:
         raise RefusedError(
             "The model to start from is not there any more.", "Choose another model to start from."
         )
+    if config.chat_template_path and not Path(config.chat_template_path).is_file():
+        raise RefusedError("The file of the chat template is not there.", "Correct chat_template_path.")
     for split, path in (("training", config.train_path), ("validation", config.eval_path)):
         if path and not Path(path).is_file():
             raise RefusedError(f"The {split} pairs are not there.", "Prepare the dataset again.")

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # Settings that may differ between an attempt and the one it continues: where files are, when to save and
 # look, and how a step's pairs are cut into micro-batches (their product is part of the identity).
 NOT_IDENTITY = {
-    "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name",
+    "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name", "chat_template_path",
     "reference_cache_dir", "reference_cache_bytes", "resume_from",
     "eval_steps", "save_steps", "save_seconds", "device", "dtype",
     "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "record_pairs",
@@ -145,6 +145,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "step": state.step,
         "total_steps": order.total_steps,
         "seconds": round(state.seconds + time.monotonic() - started, 3),
+        "phase_seconds": events.phase_seconds(state.phase_seconds),
         "num_tokens": state.num_tokens,
         "metrics": kept["metrics"],
         "last_metrics": state.last_training | state.last_evaluation,
@@ -231,6 +232,12 @@ def prepare_data(config: RunConfig, tokenizer: Any, events: EventLog) -> Data:
     for split, (words, path) in files.items():
         if path:
             tokenized[split], counts[split] = prepare_split(config, tokenizer, events, Path(path), words)
+    if len(tokenized["train"]) == 1:
+        noun = noun_of(Objective(config).sides)
+        raise RefusedError(
+            f"Only one training {noun} is left of {counts['train']['read']}: nothing general can be learnt from it.",
+            "Add more to the dataset; some hundreds are a start.",
+        )
     return Data(tokenized["train"], tokenized["eval"], counts)
 
 
