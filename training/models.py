@@ -139,6 +139,9 @@ class TrainingTask(LeasedRow):
     )
     eval_steps = models.PositiveIntegerField(default=0)  # 0 = chosen by the studio
     parameters = models.JSONField(default=dict)  # names of training.recipes; only what the person set
+    num_devices = models.PositiveSmallIntegerField(
+        default=1
+    )  # GPUs of one machine that it trains on together
 
     # --- where it stands
     status = models.CharField(max_length=20, choices=Status.choices, default=Status.DRAFT)
@@ -200,7 +203,9 @@ class Run(models.Model):
     engine_pid = models.PositiveIntegerField(default=0)
     engine_created = models.FloatField(default=0.0)
     events_offset = models.PositiveBigIntegerField(default=0)  # bytes of events.jsonl that are rows already
-    device = models.CharField(max_length=100, blank=True, default="")  # "cpu", or the GPU's uuid
+    device = models.CharField(
+        max_length=2000, blank=True, default=""
+    )  # "cpu", or GPU uuids with commas between
     started = models.DateTimeField(default=timezone.now)  # a claim says `Now()`, the clock of `queued_at`
     ended = models.DateTimeField(null=True, blank=True)
     exit_code = models.IntegerField(null=True, blank=True)
@@ -213,6 +218,10 @@ class Run(models.Model):
 
     def __str__(self) -> str:
         return f"{self.task_id} attempt {self.epoch}"
+
+    @property
+    def devices(self) -> list[str]:
+        return self.device.split(",")
 
     @property
     def folder(self) -> Path:

@@ -17,6 +17,7 @@ from training import recipes
 from training.base_models import linear_modules
 from training.models import BaseModel, TrainedModel, TrainingTask
 from training.services.draft_checks import NAME_LIMIT, lora_of_parent
+from training.services.queue import most_gpus
 
 Evaluation = TrainingTask.Evaluation
 THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+")
@@ -228,6 +229,17 @@ class SettingsStepForm(forms.Form):
         super().__init__(*args, **kwargs)
         for parameter in recipes.PARAMETERS:
             self.fields[parameter.name] = self._field(parameter)
+        most = max(most_gpus(), task.num_devices)
+        if most > 1:  # with one GPU there is nothing to choose
+            self.fields["num_devices"] = forms.TypedChoiceField(
+                coerce=int,
+                initial=task.num_devices,
+                choices=[(number, str(number)) for number in range(1, most + 1)],
+                error_messages={
+                    "required": "Choose how many GPUs the run gets.",
+                    "invalid_choice": f"Choose from 1 to {most} GPUs.",
+                },
+            )
 
     def _field(self, parameter: recipes.Parameter) -> forms.Field:
         locked = parameter.name in self.locked
@@ -261,6 +273,7 @@ class SettingsStepForm(forms.Form):
             "name": cleaned.get("name", task.name),
             "model_name": cleaned.get("model_name", task.model_name),
             "parameters": parameters,
+            "num_devices": cleaned.get("num_devices", self.task.num_devices),
         }
 
 

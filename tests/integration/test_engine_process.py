@@ -69,6 +69,38 @@ def test_it_dies_with_its_parent(engine: str, way: str, tmp_path: Path) -> None:
             os.kill(pid, 9)
 
 
+RANKS = """
+import sys
+from training.engine import launch
+launch.COMMAND = (sys.executable, "-c", "import time; time.sleep(60)")
+launch.launch([], count=2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_the_ranks_of_several_devices_die_with_the_supervisor(tmp_path: Path) -> None:
+    """Killed, so that nobody tells anybody: supervisor, launcher and ranks are a chain."""
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path), RANKS, "signal"],
+        cwd=settings.BASE_DIR,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "STUDIO_DATA_DIR": str(tmp_path / "data"), "STUDIO_REDIS_URL": "none"},
+    )
+    assert starter.stdout is not None
+    with starter.stdout:
+        launcher = psutil.Process(int(starter.stdout.readline()))
+    deadline = time.monotonic() + 20
+    while len(ranks := launcher.children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    starter.kill()
+    starter.wait()
+    _, left = psutil.wait_procs([launcher, *ranks], timeout=2)
+    for process in left:
+        process.kill()
+    assert not left
+
+
 def alive(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -12,13 +12,15 @@ from typing import Any
 import psutil
 import pytest
 from django.contrib.auth import get_user_model
+from django.utils import timezone
 
 from tests.integration.box import TIMES, Box
 from tests.integration.checks import assert_every_step_once, texts
 from tests.integration.in_process import meanwhile, run_all, wait_for_step, with_fault
 from tests.training.making import make_task
-from training.models import Run, TrainedModel, TrainingTask
+from training.models import Run, TrainedModel, TrainingTask, WorkerHost
 from training.services.tasks import task_cancel, task_retry, task_stop
+from training.worker import machine
 
 pytestmark = [pytest.mark.slow]
 
@@ -48,6 +50,21 @@ def test_the_engine_gets_data_split_by_prompt_and_no_secret(
     env = environment("cpu")
     assert not [name for name, value in env.items() if "secret" in value]
     assert env["CUDA_VISIBLE_DEVICES"] == "" and env["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_task_for_two_gpus_runs_on_both(task: TrainingTask, own_box: Box) -> None:
+    gpus = [{"uuid": f"GPU-{number}", "name": "Card", "memory_bytes": 1} for number in (0, 1)]
+    WorkerHost.objects.update_or_create(
+        host=machine.identity().host, queue="gpu",
+        defaults={"boot_id": "b", "pid": 1, "last_seen": timezone.now(), "slots": 2, "gpus": gpus},
+    )  # fmt: skip
+    TrainingTask.objects.filter(pk=task.pk).update(num_devices=2)
+    assert run_all() == 1
+    task.refresh_from_db()
+    assert task.status == "succeeded"
+    assert task.runs.get().device == "GPU-0,GPU-1"
+    assert json.loads((task.folder / "e1" / "config.json").read_text())["num_devices"] == 2
+    assert "(GPU-0, GPU-1)" in texts(task)[0] + texts(task)[1]
 
 
 @pytest.mark.parametrize(

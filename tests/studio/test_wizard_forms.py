@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.utils import timezone
 
 from studio.wizard.forms import DataStepForm, ModelStepForm, SettingsStepForm, written_number
 from tests.studio.wizard_rows import data_post, dataset_of, settings_post, starter
 from training import recipes
-from training.models import BaseModel, TrainedModel, TrainingTask
+from training.models import BaseModel, TrainedModel, TrainingTask, WorkerHost
+from training.services import drafts
+from training.services.draft_checks import draft_problems
 
 pytestmark = pytest.mark.django_db
 
@@ -181,3 +184,21 @@ def test_somebody_elses_models_cannot_be_chosen(draft: TrainingTask, mallory: An
     )
     for value in (f"base:{folder.pk}", f"parent:{model.pk}"):
         assert list(ModelStepForm({"model": value}, task=draft).errors) == ["model"]
+
+
+def test_the_number_of_gpus_is_asked_only_where_there_are_several(draft: TrainingTask) -> None:
+    assert "num_devices" not in settings_form(draft).fields
+    WorkerHost.objects.create(
+        host="h", queue="gpu", boot_id="b", pid=1, last_seen=timezone.now(),
+        gpus=[{"uuid": "GPU-0"}, {"uuid": "GPU-1"}],
+    )  # fmt: skip
+    form = settings_form(draft, num_devices="2")
+    assert form.is_valid(), form.errors
+    assert form.values()["num_devices"] == 2
+    drafts.draft_save_settings(draft, **form.values())
+    draft.refresh_from_db()
+    assert draft.num_devices == 2
+    assert settings_form(draft, num_devices="3").errors["num_devices"] == ["Choose from 1 to 2 GPUs."]
+    WorkerHost.objects.update(gpus=[{"uuid": "GPU-0"}])
+    assert any("num_devices is 2" in problem.text for problem in draft_problems(draft))
+    assert "num_devices" in settings_form(draft).fields, "or it could not be corrected"

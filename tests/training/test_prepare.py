@@ -9,6 +9,7 @@ import pytest
 
 from tests.training.making import make_task
 from training.models import Run, TrainedModel, TrainingTask
+from training.worker.engine_process import environment
 from training.worker.prepare import Prepared, prepare
 
 
@@ -16,8 +17,8 @@ from training.worker.prepare import Prepared, prepare
 def _own_data(data_dir: Path) -> None: ...
 
 
-def prepared(task: TrainingTask) -> Prepared:
-    return prepare(task, Run.objects.create(task=task, epoch=1, host="h", boot_id="b", device="cpu"))
+def prepared(task: TrainingTask, device: str = "cpu") -> Prepared:
+    return prepare(task, Run.objects.create(task=task, epoch=1, host="h", boot_id="b", device=device))
 
 
 def make_parent(owner: Any, **parameters: Any) -> TrainedModel:
@@ -47,3 +48,15 @@ def test_a_continued_adapter_with_the_same_shape_needs_no_note(alice: Any) -> No
 def test_a_new_adapter_has_the_shape_that_was_chosen(alice: Any) -> None:
     run = prepared(make_task(alice, parameters={"lora_r": 64}))
     assert (run.config.lora_r, run.notes) == (64, [])
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", ("auto", 1)), ("GPU-0", ("cuda", 1)), ("GPU-0,GPU-1", ("cuda", 2))]
+)
+def test_the_engine_gets_the_devices_of_the_attempt(
+    alice: Any, device: str, expected: tuple[str, int]
+) -> None:
+    """A task that asked for two may still have none: what was claimed counts."""
+    run = prepared(make_task(alice, num_devices=2), device)
+    assert (run.config.device, run.config.num_devices) == expected
+    assert environment(device)["CUDA_VISIBLE_DEVICES"] == ("" if device == "cpu" else device)

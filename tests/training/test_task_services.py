@@ -171,6 +171,17 @@ def test_a_waiting_task_says_why(alice: Any) -> None:
     assert waiting_reason(make_task(alice, status="failed")) == ""
 
 
+def test_a_task_that_waits_for_several_gpus_says_so(alice: Any) -> None:
+    host = gpu_worker(slots=2, gpus=[{"uuid": "GPU-0"}, {"uuid": "GPU-1"}])
+    task = make_task(alice, num_devices=2)
+    assert waiting_reason(task) == "It is next: a worker is about to take it."
+    make_task(alice, status="running", lease_until=timezone.now() + timedelta(seconds=30))
+    assert waiting_reason(task) == "It is next: it starts when 2 GPUs of one machine are free at once."
+    host.gpus = host.gpus[:1]
+    host.save()
+    assert waiting_reason(task).startswith("It asks for 2 GPUs, and the largest machine with a worker has 1.")
+
+
 def test_a_task_waits_for_its_download_and_holds_up_nobody(alice: Any) -> None:
     gpu_worker()
     base = make_base_model()

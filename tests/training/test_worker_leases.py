@@ -15,7 +15,7 @@ from django.utils import timezone
 from tests.training.making import make_base_model, make_dataset, make_task
 from training.contract import ExitCode
 from training.models import BaseModel, Run, TrainingTask, WorkerHost
-from training.worker.leases import Lease, claim_next, free_slots, renew
+from training.worker.leases import Lease, can_start_one, claim_next, free_slots, renew
 from training.worker.machine import Identity
 from training.worker.prepare import memory_retries
 from training.worker.timing import Times
@@ -75,6 +75,53 @@ def test_each_run_gets_the_gpu_that_is_used_least(alice: Any) -> None:
         claim_next(who=ME, times=TIMES)
     devices = list(Run.objects.order_by("id").values_list("device", flat=True))
     assert devices[:2] == ["GPU-0", "GPU-1"] and sorted(devices[2:]) == ["GPU-0", "GPU-1"]
+
+
+def test_a_task_for_two_gpus_gets_two_and_waits_until_both_are_free(alice: Any) -> None:
+    """And nobody behind it takes the one that is free: it would never see both."""
+    host = machine(slots=2, gpus=2)
+    small = make_task(alice)
+    claim_next(who=ME, times=TIMES)
+    large, behind = make_task(alice, num_devices=2), make_task(alice)
+    assert claim_next(who=ME, times=TIMES) is None
+    assert not can_start_one(host), "a free GPU is no sign of a stuck worker while the queue waits for two"
+    assert free_slots(host) == 1
+    Run.objects.filter(task=small).update(ended=Now())
+    assert can_start_one(host)
+    lease = claim_next(who=ME, times=TIMES)
+    assert lease is not None and lease.task_id == large.pk
+    assert large.runs.get().device == "GPU-0,GPU-1"
+    assert large.runs.get().devices == ["GPU-0", "GPU-1"]
+    assert free_slots(host) == 0 and claim_next(who=ME, times=TIMES) is None
+    Run.objects.filter(task=large).update(ended=Now())
+    lease = claim_next(who=ME, times=TIMES)
+    assert lease is not None and lease.task_id == behind.pk
+
+
+def test_two_gpus_that_are_free_go_to_whoever_is_next_while_a_third_works(alice: Any) -> None:
+    machine(slots=3, gpus=3)
+    for wanted in (1, 2, 1):
+        make_task(alice, num_devices=wanted)
+        claim_next(who=ME, times=TIMES)
+    assert list(Run.objects.order_by("id").values_list("device", flat=True)) == ["GPU-0", "GPU-1,GPU-2"]
+
+
+def test_a_machine_passes_over_what_only_a_larger_one_can_run(alice: Any) -> None:
+    machine(slots=2, gpus=2)
+    make_task(alice, num_devices=4, queued_at=timezone.now() - timedelta(hours=1))
+    small = make_task(alice)
+    lease = claim_next(who=ME, times=TIMES)
+    assert lease is not None and lease.task_id == small.pk
+
+
+def test_a_machine_without_gpus_has_one_device(alice: Any) -> None:
+    machine(slots=3)
+    make_task(alice, num_devices=2)
+    assert claim_next(who=ME, times=TIMES) is None
+    for _ in range(4):
+        make_task(alice)
+        claim_next(who=ME, times=TIMES)
+    assert [run.device for run in Run.objects.all()] == ["cpu"] * 3
 
 
 def test_a_gpu_is_free_again_when_its_run_has_ended(alice: Any) -> None:

@@ -19,6 +19,7 @@ from training.base_models import linear_modules, shape_of
 from training.estimates import Estimate, Fit, Machine, PairTokens, estimate_run
 from training.models import BaseModel, TrainedModel, TrainingTask
 from training.services.machines import training_machine
+from training.services.queue import live_hosts, most_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,10 @@ def _settings_problems(task: TrainingTask) -> list[str]:
             found.append(f"Give the {what} a name.")
         elif len(name) > NAME_LIMIT:
             found.append(f"The name of the {what} is too long: use at most {NAME_LIMIT} characters.")
+    if task.num_devices > 1 and live_hosts().exists() and task.num_devices > most_gpus():
+        found.append(
+            f"num_devices is {task.num_devices}, and the largest machine has {most_gpus()}. Choose fewer."
+        )
     refused = recipes.problems(task.parameters)
     found += refused.values()
     known = linear_modules(task.base_model.facts) if task.base_model else ()

@@ -55,6 +55,7 @@ def draft_from_task(task: TrainingTask) -> TrainingTask:
         validation_dataset=task.validation_dataset,
         eval_steps=task.eval_steps,
         parameters=dict(task.parameters),
+        num_devices=task.num_devices,
     )
 
 
@@ -99,12 +100,13 @@ def draft_save_data(
 
 
 def draft_save_settings(
-    task: TrainingTask, *, name: str, model_name: str, parameters: dict[str, Any]
+    task: TrainingTask, *, name: str, model_name: str, parameters: dict[str, Any], num_devices: int = 1
 ) -> None:
     _save(
         task,
         name=name,
         model_name=model_name,
+        num_devices=num_devices,
         parameters=_changed(parameters | lora_of_parent(task.parent_model)),
     )
 

@@ -43,6 +43,11 @@ def live_hosts(queue: str = "gpu") -> QuerySet[WorkerHost]:
     return WorkerHost.objects.filter(queue=queue, last_seen__gte=Now() - HOST_FRESH)
 
 
+def most_gpus() -> int:
+    """Of the machines that have a worker now, the GPUs of the one with most; 1 without any."""
+    return max([1, *(len(machine.gpus) for machine in live_hosts())])
+
+
 def no_broker() -> bool:
     """Without a broker only the workers' own sweep finds work; a message sent would reach nobody."""
     return str(settings.CELERY_BROKER_URL).startswith("memory")
@@ -81,6 +86,12 @@ def waiting_reason(task: TrainingTask) -> str:
     if base is not None and base.status in _DOWNLOADING:
         done = f" ({base.bytes_done * 100 // base.bytes_total} %)" if base.bytes_total else ""
         return f"It waits until {base.name} has been downloaded{done}."
+    most = most_gpus()
+    if task.num_devices > most:
+        return (
+            f"It asks for {task.num_devices} GPUs, and the largest machine with a worker has {most}. Start a worker on "
+            "a larger one, or duplicate the task with fewer."
+        )
     before = queue_position(task) - 1
     if before:
         return f"{before} task{'s' if before > 1 else ''} before it."
@@ -89,4 +100,6 @@ def waiting_reason(task: TrainingTask) -> str:
     )
     if running >= sum(live_hosts().values_list("slots", flat=True)):
         return "It is next: it starts when a running task ends."
+    if running and task.num_devices > 1:
+        return f"It is next: it starts when {task.num_devices} GPUs of one machine are free at once."
     return "It is next: a worker is about to take it."

@@ -84,6 +84,7 @@ def prepare(task: TrainingTask, run: Run) -> Prepared:
             resume_from=str(checkpoint.folder) if checkpoint else "",
             eval_steps=every,
             device="auto" if run.device == "cpu" else "cuda",
+            num_devices=len(run.devices),
             **values,
         )
     except (ConfigError, TypeError) as error:

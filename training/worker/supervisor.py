@@ -66,9 +66,10 @@ def run_next(shutdown: Shutdown) -> bool:
         supervisor.give_up()
     finally:
         supervisor.close()
-    if not shutdown.wanted:  # a slot is free: wake whoever waits for it, rather than leave that to the sweep
-        waiting = runnable_tasks().values_list("pk", flat=True).first()
-        if waiting is not None:
+    if (
+        not shutdown.wanted
+    ):  # devices are free: wake whoever waits for them, rather than leave that to the sweep
+        for waiting in list(runnable_tasks().values_list("pk", flat=True)[: len(supervisor.attempt.devices)]):
             ring(waiting)
     return True
 
@@ -146,7 +147,7 @@ class Supervisor:
         self.keeper.guard(engine)
         again = ", from the beginning: no checkpoint could be continued" if self.lease.epoch > 1 else ""
         where = f", from step {prepared.resumed_from}" if prepared.resumed_from else again
-        device = "CPU" if self.attempt.device == "cpu" else self.attempt.device
+        device = "CPU" if self.attempt.device == "cpu" else self.attempt.device.replace(",", ", ")
         number = f"Attempt {self.lease.epoch}" if self.lease.epoch > 1 else "The run"
 
         @transaction.atomic

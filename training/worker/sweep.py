@@ -30,7 +30,7 @@ from training.services.tasks import TRASH
 from training.worker.endings import Ending, Then
 from training.worker.engine_process import log_tail
 from training.worker.finish import fail
-from training.worker.leases import MAX_ATTEMPTS, free_slots
+from training.worker.leases import MAX_ATTEMPTS, can_start_one, free_slots
 from training.worker.machine import Identity, process_alive
 from training.worker.prepare import REFERENCE_CACHE
 from training.worker.timing import Times
@@ -129,7 +129,7 @@ def _send(task_id: uuid.UUID) -> None:
 def work_is_left(who: Identity) -> bool:
     """A task could run here now: for a short while that is normal, for a minute the consumer is stuck."""
     machine = WorkerHost.objects.filter(host=who.host, queue="gpu").first()
-    return machine is not None and free_slots(machine) > 0 and runnable_tasks().exists()
+    return machine is not None and can_start_one(machine)
 
 
 def clean_up() -> None:
