@@ -20,7 +20,7 @@ from training.metric_keys import EVAL_PREFIX as EVAL_PREFIX
 from training.metric_keys import KL_PAIRS as KL_PAIRS
 from training.metric_keys import Metric as Metric
 from training.run_checks import ConfigError as ConfigError
-from training.run_checks import check_cache, check_lengths, check_numbers, check_objective, check_stopping
+from training.run_checks import check_settings
 
 # --- names inside a run directory -----------------------------------------------------------------
 CONFIG_FILE = "config.json"
@@ -32,6 +32,7 @@ CHECKPOINTS_DIR = "checkpoints"
 ADAPTER_DIR = "adapter"
 PAIRS_DIR = "pairs"  # step-000040.parquet: PAIR_COLUMNS
 WATCH_DIR = "watch"  # step-000040.jsonl: answers to the watch prompts
+MODEL_DIR = "model"  # of full fine-tuning, instead of an adapter
 
 # --- names inside a checkpoint directory -------------------------------------------------------------
 MANIFEST_FILE = "MANIFEST.json"
@@ -169,6 +170,18 @@ class LogEvent(TypedDict):
 Event = PhaseEvent | PlanEvent | MetricsEvent | CheckpointEvent | LogEvent
 
 
+AdapterKind = Literal["lora", "dora", "rslora", "rslora+dora"]
+
+
+class AdapterFacts(TypedDict):
+    """The trained adapter, as it is: what was continued keeps its own rank and kind."""
+
+    kind: AdapterKind
+    r: int
+    lora_alpha: float
+    target_modules: list[str]
+
+
 class Result(TypedDict, total=False):
     """`result.json`: written last, atomically. Present means: the engine decided how the run ended."""
 
@@ -191,6 +204,11 @@ class Result(TypedDict, total=False):
     initial_metrics: dict[str, float | None]  # evaluation before step 1
     adapter_sha256: str
     adapter_bytes: int
+    model_sha256: str  # of full fine-tuning, instead of the adapter's
+    model_bytes: int
+    finetuning_type: str
+    adapter: AdapterFacts | None
+    num_parameters: int  # with the adapter's
     num_trainable_parameters: int
     versions: dict[str, str]
     config: dict[str, Any]
@@ -198,7 +216,10 @@ class Result(TypedDict, total=False):
     loss: str  # a sentence: what was minimised
     data: dict[Split, DataCounts]
     data_sha256: str  # of the tokenised training pairs
-    weights_sha256: str  # of base weights and the adapter started from
+    weights_sha256: str  # of base weights, their configuration and what training started from
+    base_sha256: str  # of base weights alone
+    start_sha256: str  # of the adapter or checkpoint that training started from; "" = none
+    reference_sha256: str  # like weights_sha256; "" = no reference
     device: str
     dtype: str
     num_devices: int
@@ -221,7 +242,11 @@ class RunConfig:
     model_path: str  # a folder with config.json, safetensors and a tokenizer
     train_path: str
     eval_path: str = ""  # "" = no validation
-    adapter_path: str = ""  # start from this adapter; the reference is then base + this adapter
+    # Start from this adapter, or from a checkpoints/step-… folder of a run; the reference is then base + this.
+    adapter_path: str = ""
+    # Another reference than the model that training starts from: a model folder ("" = model_path), an adapter on it.
+    reference_model_path: str = ""
+    reference_adapter_path: str = ""
     chat_template_path: str = ""  # a Jinja file; "" = the tokenizer's own
     base_model_name: str = ""  # for adapter_config.json and the model card
     reference_cache_dir: str = ""  # "" = no cache beyond this run
@@ -253,10 +278,15 @@ class RunConfig:
     seed: int = 42
     max_steps: int = 0  # 0 = as many as the epochs give; a positive number ends the run there
 
+    finetuning_type: str = "lora"  # lora | full
+    quantization: str = "none"  # none | nf4 (QLoRA): of the frozen base weights
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] = ()  # () = all linear layers except the head
+    use_dora: bool = False
+    use_rslora: bool = False
+    # () or "all-linear" = all linear layers except the head; names, ends of names, or "attention" and "mlp"
+    target_modules: tuple[str, ...] = ()
 
     eval_steps: int = 0  # 0 = only before step 1 and at the end
     save_steps: int = 50
@@ -276,11 +306,7 @@ class RunConfig:
     parallelism: str = "data"  # data: each device holds the model | fsdp: the frozen weights are divided too
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_objective(self)
-        check_lengths(self)
-        check_cache(self)
-        check_stopping(self)
+        check_settings(self)
 
     @property
     def side_length(self) -> int:

@@ -19,6 +19,14 @@ class ConfigError(ValueError):
     """The configuration cannot be run. The message is a sentence with what to do."""
 
 
+def check_settings(config: RunConfig) -> None:
+    """Raises `ConfigError` with the first thing that cannot be meant."""
+    for check in (
+        check_numbers, check_objective, check_finetuning, check_lengths, check_cache, check_stopping,
+    ):  # fmt: skip
+        check(config)
+
+
 def check_numbers(config: RunConfig) -> None:
     """Each number within what it can mean."""
     positive = (
@@ -182,3 +190,30 @@ def undefined_metrics(config: RunConfig) -> set[str]:
             Metric.LOGPS_REJECTED,
         }  # fmt: skip
     return missing
+
+
+# Settings that only an adapter reads.
+ADAPTER_ONLY = (
+    "lora_r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules", "quantization",
+)  # fmt: skip
+
+
+def check_finetuning(config: RunConfig) -> None:
+    """What is trained, and which model it is compared with."""
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name} must be true or false.")
+    if config.finetuning_type == "full":
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        ignored = [name for name in ADAPTER_ONLY if getattr(config, name) != defaults[name]]
+        if ignored:
+            raise ConfigError(
+                f"{' and '.join(ignored)} belong to an adapter: leave them out, or set finetuning_type to lora."
+            )
+    if "all-linear" in config.target_modules and len(config.target_modules) > 1:
+        raise ConfigError("target_modules already has every layer with all-linear: name it alone.")
+    wants_reference = config.reference_model_path or config.reference_adapter_path
+    if wants_reference and not uses_reference(config):
+        raise ConfigError(
+            "This loss uses no reference: leave reference_model_path and reference_adapter_path out."
+        )

@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_is_an_engine_error_with_its_code(
     def full(*arguments: Any, **keywords: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.engine.training_run.save_adapter", full)
+    monkeypatch.setattr("training.engine.training_run.save_trained", full)
     with pytest.raises(EngineError) as raised:
         train(new_run(max_steps=1).config, tmp_path / "x")
     assert raised.value.exit_code == ExitCode.DISK_FULL

@@ -174,7 +174,7 @@ def test_a_model_that_cannot_be_read_is_refused(new_run: NewRun, tmp_path: Path,
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"target_modules": ("no_such_proj",)}, "adapter cannot be put"),
+        ({"target_modules": ("no_such_proj",)}, "no 'no_such_proj' to put an adapter on"),
         ({"method": "ppo"}, "method 'ppo'"),
         ({"loss_type": "nonsense"}, "loss_type"),
         ({"lr_scheduler_type": "sideways"}, "lr_scheduler_type"),

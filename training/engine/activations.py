@@ -40,9 +40,7 @@ def use_activations(policy: Policy, config: RunConfig, pairs: Sequence[Tokenized
             switch=config.gradient_checkpointing,
         )
     if plan.checkpointed:
-        policy.model.get_base_model().activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        policy.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     policy.activations = plan
     return plan
 

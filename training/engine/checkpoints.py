@@ -71,6 +71,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     spare: int = 0,
+    extra_files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write, verify, then prune. Raises `NonFiniteError` before touching the disk."""
     from safetensors.torch import save_file
@@ -86,14 +87,16 @@ def save_checkpoint(
     try:
         save_file(adapter, temporary / ADAPTER_FILE)
         save_file(moments, temporary / OPTIMIZER_FILE)
-        (temporary / STATE_FILE).write_text(json.dumps(state, sort_keys=True), encoding="utf-8")
+        texts = {STATE_FILE: json.dumps(state, sort_keys=True)} | dict(extra_files or {})
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         manifest = {
             "format": 1,
             "run_id": run_id,
             "step": step,
             **dataclasses.asdict(identity),
             "fingerprint": dict(fingerprint),
-            "files": {name: _facts(temporary / name) for name in CHECKPOINT_FILES},
+            "files": {name: _facts(temporary / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE, *texts)},
         }
         sealed = manifest | {"seal": manifest_seal(manifest)}
         (temporary / MANIFEST_FILE).write_text(json.dumps(sealed, indent=1, sort_keys=True), encoding="utf-8")

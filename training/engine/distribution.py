@@ -23,10 +23,18 @@ class TokenStatistics:
 
 @torch.no_grad()
 def token_statistics(
-    hidden: torch.Tensor, labels: torch.Tensor, head: Head, reference: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: Head,
+    reference: torch.Tensor | None = None,
+    reference_head: Head | None = None,
 ) -> TokenStatistics:
-    """hidden [C, H], labels [C], and the reference's hidden states [C, H] where the divergence is wanted."""
+    """hidden [C, H], labels [C], and the reference's hidden states [C, H'] where the divergence is wanted.
+
+    `reference_head` where the reference projects its states with another weight [V, H'] than the policy.
+    """
     logps, entropies, divergences = [], [], []
+    head, other_head = head.ready(), (reference_head or head).ready()
     theirs = row_chunks(hidden if reference is None else reference)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, targets, other in zip(row_chunks(hidden), row_chunks(labels), theirs, strict=True):
@@ -36,7 +44,7 @@ def token_statistics(
             log_probabilities = logits - partition
             entropies.append(-(probabilities * log_probabilities).sum(dim=-1))
             if reference is not None:
-                other_logits = head.logits(other)
+                other_logits = other_head.logits(other)
                 other_partition, _ = log_partition(other_logits)
                 log_probabilities -= other_logits - other_partition
                 divergences.append((probabilities * log_probabilities).sum(dim=-1))

@@ -71,7 +71,8 @@ class Evaluator:
             if not counts:
                 continue
             with torch.no_grad():
-                tokens = token_statistics(states.hidden, states.labels, self._policy.head, theirs)
+                other_head = None if theirs is None else self._policy.reference_head
+                tokens = token_statistics(states.hidden, states.labels, self._policy.head, theirs, other_head)
             before = (
                 None if self._reference is None else self._reference.token_logps(batch, tokens.logps.device)
             )

@@ -20,9 +20,10 @@ from training.contract import (
     RunConfig,
     verify_checkpoint,
 )
+from training.engine.adapters import POLICY
 from training.engine.data import TokenizedPair
 from training.engine.errors import RefusedError
-from training.engine.policy import POLICY, Placement, Policy, load_policy
+from training.engine.policy import Placement, Policy, load_policy
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 

@@ -1,8 +1,9 @@
 """From hidden states to log-probabilities: the vocabulary projection, on completion tokens only, in chunks.
 
-No chunk's logits outlive it. The projection is frozen under LoRA, and the log-probability of a token
-depends on its own hidden state alone, so the forward knows the gradient: d logp / d hidden = W[label] -
-sum_v p_v W[v].
+No chunk's logits outlive it. The log-probability of a token depends on its own hidden state alone. Where the
+projection is frozen (adapters), the forward therefore knows the gradient: d logp / d hidden = W[label] -
+sum_v p_v W[v]. Where it is trained (full fine-tuning), the gradient of the weight is a sum over tokens of
+what only the loss knows, so the backward computes each chunk's logits once more.
 """
 
 from __future__ import annotations
@@ -18,15 +19,30 @@ CHUNK_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """hidden [n, H] -> logits [n, V]: W h + b, scaled, soft-capped. Frozen."""
+    """hidden [n, H] -> logits [n, V]: W h + b, scaled, soft-capped."""
 
     weight: torch.Tensor  # [V, H]
     bias: torch.Tensor | None
     scale: float = 1.0
     softcap: float = 0.0  # 0 = none
+    compute_dtype: torch.dtype | None = None  # of the matrix product, where it is not the weight's
+
+    @property
+    def is_trained(self) -> bool:
+        return self.weight.requires_grad and torch.is_grad_enabled()
+
+    def ready(self) -> Head:
+        """Its weight in the type that the product is computed in, once for many chunks."""
+        if self.compute_dtype in (None, self.weight.dtype):
+            return self
+        bias = None if self.bias is None else self.bias.detach().to(self.compute_dtype)
+        weight = self.weight.detach().to(self.compute_dtype)
+        return dataclasses.replace(self, weight=weight, bias=bias, compute_dtype=None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, H] -> [n, V] in float32 or better, whatever the weights are kept in."""
+        if self.compute_dtype not in (None, self.weight.dtype):
+            return self.ready().logits(hidden)
         raw = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         raw = raw.to(torch.promote_types(torch.float32, raw.dtype))
         if self.scale != 1.0:
@@ -35,11 +51,15 @@ class Head:
             raw = self.softcap * torch.tanh(raw / self.softcap)
         return raw
 
-    def pull_back(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """d L / d hidden [n, H] from d L / d logits [n, V]."""
+    def product_gradient(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """d L / d (W h + b) [n, V] from d L / d logits [n, V], in the type of the weight."""
         if self.softcap:
             gradient = gradient * (1 - (logits / self.softcap) ** 2)
-        return ((gradient * self.scale).to(self.weight.dtype) @ self.weight).to(gradient.dtype)
+        return (gradient * self.scale).to(self.weight.dtype)
+
+    def pull_back(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """d L / d hidden [n, H] from d L / d logits [n, V]."""
+        return (self.product_gradient(gradient, logits) @ self.weight).to(gradient.dtype)
 
 
 def log_partition(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,9 +103,62 @@ class _TokenLogps(torch.autograd.Function):
         return (gradients[0][:, None] * slopes).to(ctx.hidden_dtype), None, None
 
 
+class _TrainedTokenLogps(torch.autograd.Function):
+    """The same values with the gradient of the projection too: 8 n V H products, of which no logits are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        head: Head,
+    ) -> torch.Tensor:
+        values = []
+        ready = head.ready()
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, targets in zip(row_chunks(hidden), row_chunks(labels), strict=True):
+                logits = ready.logits(rows)
+                partition, _ = log_partition(logits)
+                values.append((logits.gather(-1, targets[:, None]) - partition).squeeze(-1))
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.head = head
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        head = dataclasses.replace(ctx.head, weight=weight, bias=bias).ready()
+        slopes = []
+        of_weight = torch.zeros_like(weight)
+        of_bias = None if bias is None else torch.zeros_like(bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, targets, upstream in zip(
+                row_chunks(hidden), row_chunks(labels), row_chunks(gradients[0][:, None]), strict=True
+            ):
+                logits = head.logits(rows)
+                _, probabilities = log_partition(logits)
+                gradient = probabilities.neg_().mul_(upstream)
+                gradient.scatter_add_(-1, targets[:, None], upstream.to(gradient.dtype))
+                of_product = head.product_gradient(gradient, logits)
+                slopes.append((of_product @ head.weight).to(hidden.dtype))
+                rows = rows.to(of_product.dtype)
+                if of_product.dtype == of_weight.dtype:
+                    of_weight.addmm_(of_product.T, rows)
+                else:
+                    of_weight += of_product.T @ rows
+                if of_bias is not None:
+                    of_bias += of_product.sum(dim=0)
+        return torch.cat(slopes), of_weight, of_bias, None, None
+
+
 def token_logps(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
     """log p(label | context) of each completion token: hidden [C, H], labels [C] -> [C], nats."""
-    values: torch.Tensor = _TokenLogps.apply(hidden, labels, head)  # type: ignore[no-untyped-call]
+    if head.is_trained:
+        trained: torch.Tensor = _TrainedTokenLogps.apply(hidden, head.weight, head.bias, labels, head)  # type: ignore[no-untyped-call]
+        return trained
+    values: torch.Tensor = _TokenLogps.apply(hidden, labels, head.ready())  # type: ignore[no-untyped-call]
     return values
 
 

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,15 @@ class RunState:
         return cls(**(state | {"best": Best(**state.get("best", {}))}))
 
 
+def decayed(parameters: Collection[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay is for matrices: it would pull norms, biases and DoRA's lengths away from where they work."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class Loop:
     """Holds what the steps share. `run` is the whole story."""
 
@@ -97,7 +106,7 @@ class Loop:
         plan = policy.activations
         self.budget = plan.token_budget if plan else TRAIN_BUDGET[policy.scorer.placement.device.type]
         self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            decayed(self.trainable.values(), config.weight_decay), lr=config.learning_rate, fused=True
         )
         self.schedule = self._schedule()
         self.stopping = Stopping(config)
@@ -287,6 +296,7 @@ class Loop:
         self.events.phase("evaluating", total=total, unit=unit)
         values = self.evaluator.evaluate(progress, record=self.record, step=self.state.step)
         self.record.flush(self.state.step)
+        self.policy.rest_reference()
         self.events.metrics("eval", self.state.step, values)
         self.state.last_evaluation = {key: finite(value) for key, value in values.items()}
         if self.state.step == 0:
@@ -335,6 +345,7 @@ class Loop:
                 optimizer=self.optimizer,
                 state=dataclasses.asdict(state),
                 spare=self.state.best.step,
+                extra_files=self.policy.checkpoint_files,
             )
             self.events.checkpoint(self.state.step, str(path.relative_to(self.run_dir)))
 

@@ -12,11 +12,12 @@ from typing import Any, TypedDict
 import torch
 
 from training.contract import ADAPTER_DIR, RunConfig, file_sha256
+from training.engine.adapters import POLICY
 from training.engine.checkpoints import flush_to_disk, remove_tree
 from training.engine.errors import RefusedError
 from training.engine.finished import Kept, find_kept, greeting, load_config, load_kept
 from training.engine.outputs import WEIGHTS_FILE, versions
-from training.engine.policy import POLICY, Placement, Policy, load_tokenizer
+from training.engine.policy import Placement, Policy, load_tokenizer
 from training.engine.preflight import check_config
 from training.engine.training_run import make_quiet_and_deterministic
 
@@ -43,7 +44,7 @@ def merge(
     run_dir: Path, *, checkpoint: str = "", dtype: str = "auto", out_dir: Path | None = None
 ) -> MergeReport:
     """See `training.engine.merge`."""
-    config = dataclasses.replace(load_config(run_dir), device="cpu", dtype="float32")
+    config = dataclasses.replace(load_config(run_dir), device="cpu", dtype="float32", quantization="none")
     kept = find_kept(run_dir, checkpoint)
     final = out_dir or run_dir / MERGED_DIR
     check_config(config)

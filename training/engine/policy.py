@@ -8,66 +8,47 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from training.activation_memory import ActivationPlan
-from training.contract import RunConfig, file_sha256
+from training.contract import RunConfig
+from training.engine.adapters import (
+    POLICY,
+    REFERENCE,
+    add_frozen,
+    facts,
+    frozen_adapter,
+    inherited,
+    settings_of,
+    trained_model,
+    whole_model,
+)
+from training.engine.base_model import load_base, parts, unknown_head, weights_sha256
+from training.engine.base_model import load_tokenizer as load_tokenizer
 from training.engine.data import TokenizedPair
-from training.engine.distributed import ALONE, World
 from training.engine.errors import RefusedError
 from training.engine.logps import Head
 from training.engine.packed import choose_layout, tried, use_shared_prefix
+from training.engine.placement import Placement as Placement
 from training.engine.plain import CompletionStates, Layout, padded_states
+from training.engine.reference_model import ReferenceChoice, SeparateReference
 from training.engine.routing import recorded_routing
 from training.engine.sharding import divide_frozen_weights
+from training.engine.starting_point import (
+    ADAPTER_SETTINGS,
+    BASE_FILE,
+    base_note,
+    base_sha256,
+    open_starting_point,
+)
 
-POLICY, REFERENCE = "default", "reference"  # adapter names in peft
 PROBE_TOLERANCE = 1e-3  # nats; layouts and heads that differ by more are wrong, not rounded
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where the model computes and in what."""
-
-    device: torch.device
-    dtype: torch.dtype
-    world: World = ALONE
-
-    @classmethod
-    def choose(cls, config: RunConfig, world: World = ALONE) -> Placement:
-        cuda = torch.cuda.is_available()
-        if config.device not in {"auto", "cpu", "cuda"}:
-            raise RefusedError(f"The device {config.device!r} is not known.", "Use auto, cpu or cuda.")
-        if config.device == "cuda" and not cuda:
-            raise RefusedError("This machine has no usable CUDA device.", "Choose the device auto or cpu.")
-        on_cuda = cuda and config.device != "cpu"
-        bf16 = on_cuda and torch.cuda.is_bf16_supported()
-        names = {"auto": "bfloat16" if bf16 else "float32", "float32": "float32", "bfloat16": "bfloat16"}
-        if config.dtype not in names:
-            raise RefusedError(f"The dtype {config.dtype!r} is not known.", "Use auto, float32 or bfloat16.")
-        if config.dtype == "bfloat16" and on_cuda and not bf16:
-            raise RefusedError("This GPU has no bfloat16.", "Choose the dtype auto or float32.")
-        device = torch.device("cpu")
-        if on_cuda:
-            device = torch.device("cuda", world.local_rank)
-            torch.cuda.set_device(device)
-        return cls(device, getattr(torch, names[config.dtype]), world)
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def exact(self) -> bool:
-        return self.dtype == torch.float32
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=not self.exact)
 
 
 class Scorer(nn.Module):
@@ -92,15 +73,47 @@ class Scorer(nn.Module):
 
 @dataclasses.dataclass
 class Policy:
-    """Base + adapter. `reference()` computes as the model that training started from."""
+    """What is trained: base + adapter, or all of a base. `reference()` computes as what it is compared with."""
 
-    model: Any  # PeftModel
+    model: Any  # PeftModel, or with full fine-tuning the base itself
     scorer: Scorer
     head: Head
-    weights_sha256: str
-    has_reference_adapter: bool
+    weights_sha256: str  # what training starts from
+    reference_sha256: str
     reference_sentence: str
     activations: ActivationPlan | None = None
+    # How the reference is computed: the adapter switched off, another adapter switched on, a model of its own
+    # in this one's place, or (where this is a reference) as it is.
+    reference_by: Literal["base", "adapter", "model", "itself"] = "base"
+    separate: SeparateReference[Policy] | None = None
+    numerics: str = ""  # what else the reference's numbers depend on
+    notes: tuple[str, ...] = ()  # for the log
+    base_sha256: str = ""  # of the base's weights alone
+    start_sha256: str = ""  # of what training starts from beside the base
+
+    @property
+    def base(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def trajectory_sha256(self) -> str:
+        """Of the weights that the steps depend on: where they start, and the reference if it is another."""
+        if self.reference_sha256 == self.weights_sha256:
+            return self.weights_sha256
+        return hashlib.sha256(f"{self.weights_sha256} {self.reference_sha256}".encode()).hexdigest()
+
+    @property
+    def checkpoint_files(self) -> dict[str, str]:
+        """What a checkpoint needs beside weights, to be a starting point: an adapter's settings, its base."""
+        if facts(self.model) is None:
+            return {}
+        settings = json.dumps(settings_of(self.model), indent=1, sort_keys=True)
+        return {ADAPTER_SETTINGS: settings, BASE_FILE: base_note(self.base_sha256)}
+
+    @property
+    def reference_head(self) -> Head:
+        """The vocabulary projection of the reference: the policy's own unless the reference is another model."""
+        return self.head if self.separate is None else self.separate.get().head
 
     @property
     def layout_name(self) -> str:
@@ -112,95 +125,112 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """No gradient, no dropout, and the adapter that training started from, or none."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                if self.has_reference_adapter:
-                    self._activate(REFERENCE)
-                    yield
-                else:
-                    with self.model.disable_adapter():
-                        yield
-        finally:
-            if self.has_reference_adapter:
-                self._activate(POLICY)
-            self.model.train(was_training)
+        """Within it `model`, `scorer` and `head` are the reference's. No gradient, no dropout."""
+        with self.inference(), contextlib.ExitStack() as after:
+            if self.reference_by == "base":
+                after.enter_context(self.model.disable_adapter())
+            elif self.reference_by == "adapter":
+                after.callback(self._activate, POLICY)
+                self._activate(REFERENCE)
+            elif self.reference_by == "model":
+                assert self.separate is not None  # noqa: S101
+                other, own = self.separate.get(), (self.model, self.scorer, self.head)
+                after.callback(self._be, *own)
+                self._be(other.model, other.scorer, other.head)
+            yield
+
+    def _be(self, model: Any, scorer: Scorer, head: Head) -> None:
+        self.model, self.scorer, self.head = model, scorer, head
+
+    def rest_reference(self) -> None:
+        """The reference is not needed for a while: a model of its own may give up its memory."""
+        if self.separate is not None:
+            placement = self.scorer.placement
+            self.separate.rest(placement.device, lambda keep: all(placement.world.together(lambda: keep)))
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        was_training = self.model.training
-        self.model.eval()
+        model = self.model
+        was_training = model.training
+        model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train(was_training)
+            model.train(was_training)
 
     def _activate(self, name: str) -> None:
         """peft makes the active adapter trainable: the reference must stay frozen."""
         self.model.set_adapter(name, inference_mode=name == REFERENCE)
 
 
-def load_tokenizer(config: RunConfig) -> Any:
-    """The tokenizer of the model folder; refuses one without a chat template."""
-    from transformers import AutoTokenizer
-
-    folder = Path(config.model_path)
-    if not (folder / "config.json").is_file():
-        raise RefusedError(
-            f"The base model's folder {folder.name!r} has no config.json.", "Choose the base model again."
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise RefusedError(
-            f"The tokenizer of the base model cannot be read: {_first_line(error)}",
-            "Download the base model again, or choose another.",
-        ) from error
-    if config.chat_template_path:
-        tokenizer.chat_template = Path(config.chat_template_path).read_text(encoding="utf-8")
-    if not tokenizer.chat_template:
-        raise RefusedError(
-            "The base model has no chat template, so its conversations cannot be written the way it expects.",
-            "Choose an instruct model, or put a chat_template.jinja file into the model's folder.",
-        )
-    return tokenizer
-
-
 def load_policy(config: RunConfig, placement: Placement, probe: Sequence[TokenizedPair]) -> Policy:
-    """Base weights, adapter, reference; the layout is the fast one where it is right for the model."""
-    base = _load_base(config, placement)
-    decoder, head = _parts(base)
+    """Base weights, what is trained on them, reference; in the plain layout, which is right for every model."""
+    start = open_starting_point(config.adapter_path)
+    choice = ReferenceChoice.of(config, start)
+    base = load_base(config, placement)
     torch.manual_seed(config.seed)  # the adapter's first weights
-    model = _continue_adapter(base, config) if config.adapter_path else _new_adapter(base, config)
-    if placement.world.lockstep:
-        divide_frozen_weights(decoder, placement.device, placement.world)
-    model.to(placement.device)
-    name = config.base_model_name or Path(config.model_path).name
-    policy = Policy(
-        model=model,
-        scorer=Scorer(model, decoder, padded_states, placement),
-        head=head,
-        weights_sha256=_weights_sha256(config),
-        has_reference_adapter=bool(config.adapter_path),
-        reference_sentence=(
-            f"The reference is {name} with the adapter that training starts from."
-            if config.adapter_path
-            else f"The reference is {name}."
-        ),
-    )
+    model = trained_model(base, config, start)
+    if choice.within and choice.start is not None:
+        add_frozen(model, choice.start, choice.model_path)
+    policy = _computing(config, placement, base, model)
+    policy.base_sha256 = base_sha256(Path(config.model_path))
+    policy.start_sha256 = "" if start is None else start.sha256
+    policy.weights_sha256 = weights_sha256(Path(config.model_path), start)
+    policy.reference_sha256 = weights_sha256(choice.model_path, choice.start)
+    policy.reference_sentence = choice.sentence
+    policy.reference_by = "model" if not choice.within else "adapter" if choice.start else "base"
+    if start is not None and config.finetuning_type == "lora":
+        policy.notes = tuple(filter(None, [inherited(config, start)]))
+    if not choice.within:
+        policy.separate = SeparateReference(
+            lambda: _load_reference(config, placement, choice, probe),
+            num_bytes=sum(file.stat().st_size for file in choice.model_path.glob("*.safetensors")),
+            num_trainable=sum(tensor.numel() for tensor in policy.trainable.values()),
+        )
     _check_head(policy, base, probe[0])
     return policy
 
 
+def _load_reference(
+    config: RunConfig, placement: Placement, choice: ReferenceChoice, pairs: Sequence[TokenizedPair]
+) -> Policy:
+    """The reference as a model of its own, in the precision and the layout that the policy has too."""
+    base = load_base(dataclasses.replace(config, model_path=str(choice.model_path)), placement)
+    if config.finetuning_type == "full" or choice.start is None:
+        model = whole_model(base, choice.start, choice.model_path)
+    else:
+        model = frozen_adapter(base, choice.start, choice.model_path)
+    reference = _computing(config, placement, base, model.eval())
+    reference.reference_by = "itself"
+    _check_head(reference, base, pairs[0])
+    use_fast_layout(reference, pairs)
+    return reference
+
+
+def _computing(config: RunConfig, placement: Placement, base: Any, model: Any) -> Policy:
+    decoder, head = parts(base)
+    if placement.world.lockstep:
+        divide_frozen_weights(decoder, placement.device, placement.world)
+    if config.quantization == "none":  # what is quantised lies on its device already
+        model.to(placement.device)
+    if head.weight.dtype != placement.dtype:
+        head = dataclasses.replace(head, compute_dtype=placement.dtype)
+    numerics = " ".join(
+        ([] if config.finetuning_type == "lora" else [config.finetuning_type])
+        + ([] if config.quantization == "none" else [config.quantization])
+    )
+    return Policy(
+        model, Scorer(model, decoder, padded_states, placement), head, "", "", "", numerics=numerics
+    )
+
+
 def use_fast_layout(policy: Policy, pairs: Sequence[TokenizedPair]) -> str:
     """Switch to packed pairs if the model gives the same with them. Says which layout runs, and why."""
-    base, placement = policy.model.get_base_model(), policy.scorer.placement
+    base, placement = policy.base, policy.scorer.placement
     before = base.config._attn_implementation
     decoder, device = policy.scorer.decoder, placement.device
-    with policy.reference(), placement.autocast():
+    with policy.inference(), placement.autocast():
         expected = padded_states(decoder, tried(pairs), device)
         use_shared_prefix(base)
         layout, reason = choose_layout(decoder, pairs, device, dtype=placement.dtype, expected=expected)
@@ -213,63 +243,6 @@ def use_fast_layout(policy: Policy, pairs: Sequence[TokenizedPair]) -> str:
     return f"Each prompt is computed once per answer, the slower way: {reason}."
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
-
-
-def _load_base(config: RunConfig, placement: Placement) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        settings = AutoConfig.from_pretrained(
-            config.model_path, local_files_only=True, trust_remote_code=False
-        )
-        capped = getattr(settings.get_text_config(), "attn_logit_softcapping", None) is not None
-        base = AutoModelForCausalLM.from_pretrained(
-            config.model_path,
-            config=settings,
-            dtype=placement.dtype,
-            attn_implementation="eager" if capped else None,  # SDPA cannot cap; None: SDPA where it is right
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise RefusedError(
-            f"The base model cannot be loaded: {_first_line(error)}",
-            "Download the base model again, or choose another.",
-        ) from error
-    base.requires_grad_(False)
-    base.config.use_cache = False
-    if not placement.exact:
-        # Frozen weights in bfloat16 halve the memory; a float32 residual stream keeps most of the exactness.
-        base.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
-    return base
-
-
-def _parts(base: Any) -> tuple[nn.Module, Head]:
-    """The decoder without its projection, and the projection with what the architecture does to logits."""
-    decoder = getattr(base, base.base_model_prefix, None)
-    output = base.get_output_embeddings()
-    if decoder is None or decoder is base or not isinstance(output, nn.Linear):
-        raise _unknown_head(base)
-    text = base.config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(
-        getattr(text, "logits_scaling", None) or 1.0
-    )
-    softcap = float(getattr(text, "final_logit_softcapping", None) or 0.0)
-    return decoder, Head(output.weight, output.bias, scale, softcap)
-
-
-def _unknown_head(base: Any) -> RefusedError:
-    return RefusedError(
-        f"Models of the type {base.config.model_type!r} have an output layer that is not known here.",
-        "Choose a decoder model such as Llama, Qwen, Mistral, Gemma or SmolLM.",
-    )
-
-
 def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
     """The model's own logits against ours, once: a head that does more than ours is refused."""
     ids = torch.from_numpy(pair.prompt[-32:].astype("int64"))[None].to(policy.scorer.placement.device)
@@ -279,7 +252,7 @@ def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
             "The tokenizer has more tokens than the base model.",
             "Download the base model again, or choose another.",
         )
-    with policy.reference(), policy.scorer.placement.autocast():
+    with policy.inference(), policy.scorer.placement.autocast():
         theirs = base(input_ids=ids, use_cache=False).logits[0].float()
         ours = policy.head.logits(policy.scorer.decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
     if not torch.isfinite(theirs).all():
@@ -288,80 +261,4 @@ def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
             "Download the base model again, or choose another.",
         )
     if float((ours - theirs).abs().max()) > (PROBE_TOLERANCE if policy.scorer.placement.exact else 0.5):
-        raise _unknown_head(base)
-
-
-def _new_adapter(base: Any, config: RunConfig) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        return get_peft_model(
-            base,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=list(config.target_modules) or "all-linear",
-            ),
-        )
-    except ValueError as error:
-        raise RefusedError(
-            f"The adapter cannot be put on this model: {_first_line(error)}",
-            "Choose target_modules that the model has.",
-        ) from error
-
-
-def _continue_adapter(base: Any, config: RunConfig) -> Any:
-    """The policy starts as base + adapter; a frozen copy of the same adapter is the reference."""
-    from peft import LoraConfig, PeftConfig, PeftModel
-
-    folder = Path(config.adapter_path)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise RefusedError(
-            "The adapter to start from has no adapter_model.safetensors.",
-            "Choose another model to start from.",
-        )
-    try:
-        settings = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(settings, LoraConfig):
-            raise ValueError(f"it is of the kind {settings.peft_type}, not LoRA")
-        settings.lora_dropout = config.lora_dropout
-        settings.inference_mode = False
-        model = PeftModel.from_pretrained(
-            base, folder, adapter_name=POLICY, is_trainable=True, config=settings
-        )
-        model.load_adapter(folder, REFERENCE, is_trainable=False)
-        _check_adapter(model, folder)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise RefusedError(
-            f"The adapter to start from does not fit the base model: {_first_line(error)}",
-            "Choose the base model that the adapter was trained on.",
-        ) from error
-    model.set_adapter(POLICY)
-    return model
-
-
-def _check_adapter(model: Any, folder: Path) -> None:
-    """peft only warns about weights that it could not place."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        names = set(file.keys())
-    placed = set(get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False))
-    if names != placed:
-        raise ValueError(f"{len(names ^ placed)} of its weights have no place in the model")
-
-
-def _weights_sha256(config: RunConfig) -> str:
-    """One hash over everything that makes the reference: base weights, its configuration, the adapter."""
-    folders = [Path(config.model_path)] + ([Path(config.adapter_path)] if config.adapter_path else [])
-    total = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(
-            [*folder.glob("*.safetensors"), *folder.glob("config.json"), *folder.glob("adapter_config.json")]
-        ):
-            total.update(f"{path.name} {file_sha256(path)}\n".encode())
-        total.update(b"--\n")
-    return total.hexdigest()
+        raise unknown_head(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from training.contract import RunConfig
@@ -15,6 +16,8 @@ LOSS_TYPES = (
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 SWITCHES = ("auto", "on", "off")
 PARALLELISMS = ("data", "fsdp")
+FINETUNING_TYPES = ("lora", "full")
+QUANTIZATIONS = ("none", "nf4")
 
 
 def check_config(config: RunConfig) -> None:
@@ -25,6 +28,8 @@ def check_config(config: RunConfig) -> None:
         ("lr_scheduler_type", config.lr_scheduler_type, SCHEDULERS),
         ("gradient_checkpointing", config.gradient_checkpointing, SWITCHES),
         ("parallelism", config.parallelism, PARALLELISMS),
+        ("finetuning_type", config.finetuning_type, FINETUNING_TYPES),
+        ("quantization", config.quantization, QUANTIZATIONS),
     ):
         if value not in known:
             raise RefusedError(f"{name} {value!r} is not known here.", f"Use {' or '.join(known)}.")
@@ -43,6 +48,19 @@ def check_config(config: RunConfig) -> None:
         )
     if config.chat_template_path and not Path(config.chat_template_path).is_file():
         raise RefusedError("The file of the chat template is not there.", "Correct chat_template_path.")
+    _check_other_models(config)
     for split, path in (("training", config.train_path), ("validation", config.eval_path)):
         if path and not Path(path).is_file():
             raise RefusedError(f"The {split} pairs are not there.", "Prepare the dataset again.")
+
+
+def _check_other_models(config: RunConfig) -> None:
+    for name in ("reference_model_path", "reference_adapter_path"):
+        path = getattr(config, name)
+        if path and not Path(path).is_dir():
+            raise RefusedError(f"The folder of {name} is not there.", "Choose another reference, or none.")
+    if config.quantization != "none" and find_spec("bitsandbytes") is None:
+        raise RefusedError(
+            f"The quantization {config.quantization} needs bitsandbytes, which is not installed here.",
+            "Install bitsandbytes on a machine with a CUDA device, or set quantization to none.",
+        )

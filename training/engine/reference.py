@@ -40,7 +40,9 @@ logger = logging.getLogger(__name__)
 def reference_key(policy: Policy) -> str:
     """Names the folder of one reference."""
     placement = policy.scorer.placement
-    parts = (FORMAT, policy.weights_sha256, placement.device.type, placement.dtype_name)
+    parts: tuple[object, ...] = (FORMAT, policy.reference_sha256, placement.device.type, placement.dtype_name)
+    if policy.numerics:
+        parts = (*parts, policy.numerics)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -170,8 +172,9 @@ def score_reference(
         finally:
             records.flush()
 
-    with policy.reference():
-        world.together(score_share)
+    if missing:
+        with policy.reference():
+            world.together(score_share)
     if world.size > 1:
         progress(len(pairs), len(pairs))
         records.load(pairs)  # what the others have computed

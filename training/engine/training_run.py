@@ -33,7 +33,7 @@ from training.engine.interrupts import Interrupts
 from training.engine.loop import Loop, RunState
 from training.engine.objective import NO_REFERENCE, Objective
 from training.engine.order import Order
-from training.engine.outputs import fingerprint, peak_memory_bytes, save_adapter, versions
+from training.engine.outputs import fingerprint, peak_memory_bytes, save_trained, versions, weight_facts
 from training.engine.policy import Placement, Policy, load_policy, load_tokenizer, use_fast_layout
 from training.engine.reference import ReferenceLogps, limit_cache, score_reference
 from training.engine.step_files import continue_files
@@ -44,9 +44,10 @@ logger = logging.getLogger(__name__)
 # look, and how a step's pairs are cut into micro-batches (their product is part of the identity).
 NOT_IDENTITY = {
     "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name", "chat_template_path",
-    "reference_cache_dir", "reference_cache_bytes", "resume_from",
-    "eval_steps", "save_steps", "save_seconds", "device", "dtype",
-    "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "record_pairs",
+    "reference_model_path", "reference_adapter_path", "reference_cache_dir",
+    "reference_cache_bytes", "resume_from",
+    "eval_steps", "save_steps", "save_seconds", "device", "dtype", "gradient_checkpointing",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "record_pairs",
     "num_devices", "parallelism",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
     "early_stopping_threshold", "kl_budget",
@@ -91,7 +92,9 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     say_idle_devices(config, world, events)
 
     events.phase("loading_model")
-    policy = load_policy(config, placement, data.train[:1])
+    policy = load_policy(config, placement, data.train[:2])
+    for note in policy.notes:
+        events.log(note)
     events.log(use_fast_layout(policy, [*data.train, *data.evaluation]))
     activations = use_activations(policy, config, data.train)
     events.log(activations.sentence)
@@ -135,7 +138,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
 
     events.phase("saving")
     kept = world.on_main(lambda: keep_best(loop.state, config, run_dir, policy.trainable, events))
-    sha256, size = world.on_main(lambda: save_adapter(policy, tokenizer, config, run_dir))
+    saved = world.on_main(lambda: save_trained(policy, tokenizer, config, run_dir))
     world.on_main(lambda: limit_cache(config, reference, events))
     peak = max(world.together(lambda: peak_memory_bytes(placement)))
     world.leave()  # after an error the others may not be there to take leave of
@@ -151,9 +154,8 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "last_metrics": state.last_training | state.last_evaluation,
         "model_step": kept["step"],
         "initial_metrics": state.initial_metrics,
-        "adapter_sha256": sha256,
-        "adapter_bytes": size,
-        "num_trainable_parameters": sum(tensor.numel() for tensor in policy.trainable.values()),
+        **saved,
+        **weight_facts(policy, config),
         "versions": versions(),
         "config": dataclasses.asdict(config),
         "reference": reference_sentence,
@@ -161,6 +163,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "data": data.counts,
         "data_sha256": loop.identity.data_sha256,
         "weights_sha256": policy.weights_sha256,
+        "reference_sha256": policy.reference_sha256 if objective.needs_reference else "",
         "device": placement.device.type,
         "dtype": placement.dtype_name,
         "num_devices": world.size,
@@ -212,13 +215,15 @@ def reference_of(
     """Of every pair that the run meets, from the cache or computed now."""
     scored = [*(data.train[index] for index in order.pairs_met()), *data.evaluation]
     events.phase("reference", total=len(scored), unit="pairs")
-    return score_reference(
+    records = score_reference(
         policy,
         scored,
         Path(config.reference_cache_dir) if config.reference_cache_dir else run_dir / "reference",
         progress=lambda done, total: events.phase("reference", done=done, total=total, unit="pairs"),
         check=interrupts.check,
     )
+    policy.rest_reference()
+    return records
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, events: EventLog) -> Data:
@@ -279,7 +284,7 @@ def identity_of(config: RunConfig, pairs: list[TokenizedPair], policy: Policy) -
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
     settings["pairs_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps
     text = json.dumps(settings, sort_keys=True)
-    return Identity(hashlib.sha256(text.encode()).hexdigest(), data_sha256(pairs), policy.weights_sha256)
+    return Identity(hashlib.sha256(text.encode()).hexdigest(), data_sha256(pairs), policy.trajectory_sha256)
 
 
 def resume(loop: Loop, config: RunConfig, run_dir: Path, events: EventLog) -> None:
