@@ -30,7 +30,7 @@ RESULT_FILE = "result.json"
 STOP_FILE = "stop"
 CHECKPOINTS_DIR = "checkpoints"
 ADAPTER_DIR = "adapter"
-PAIRS_DIR = "pairs"  # step-000040.parquet: PAIR_COLUMNS
+PAIRS_DIR = "pairs"  # step-000040.parquet: `training/pair_columns.py`
 WATCH_DIR = "watch"  # step-000040.jsonl: answers to the watch prompts
 MODEL_DIR = "model"  # of full fine-tuning, instead of an adapter
 
@@ -56,29 +56,6 @@ class ExitCode(enum.IntEnum):
 
 Split = Literal["train", "eval"]
 
-# Columns of pairs/step-000040.parquet: a row is a pair as it was at one moment. A file has the validation pairs of
-# the evaluation at its step, and the training pairs met since the file before. A key is (split, step, id).
-PAIR_COLUMNS: dict[str, str] = {
-    "id": "the pair's id in the data file",
-    "split": "train or eval",
-    "step": "optimizer steps done when policy, margin and loss were computed; a training pair's are those of the "
-    "gradient pass of the step after it, and at 0 the reference's, which the policy then is",
-    "dropout": "whether the adapter's dropout was on; always off in evaluation and at step 0",
-    "truncated": "whether the pair was cut to max_length",
-    "chosen_tokens": "completion tokens of the chosen answer",
-    "rejected_tokens": "completion tokens of the rejected answer",
-    "policy_chosen_logps": "log-probability under the policy, summed over completion tokens, nats",
-    "policy_rejected_logps": "the same of the rejected answer; null in SFT",
-    "policy_chosen_mean_logps": "the sum divided by the tokens",
-    "policy_rejected_mean_logps": "the same of the rejected answer",
-    "reference_chosen_logps": "under the reference, sum; null where the loss needs none",
-    "reference_rejected_logps": "the same of the rejected answer",
-    "reference_chosen_mean_logps": "the sum divided by the tokens",
-    "reference_rejected_mean_logps": "the same of the rejected answer",
-    "margin": "rewards/margins of this pair; null in SFT",
-    "loss": "this pair's share of the loss; the mean over a step's pairs is the step's loss",
-}
-
 # --- phases, in the order a run meets them ----------------------------------------------------------
 PHASES: dict[str, str] = {
     "starting": "Starting",
@@ -87,6 +64,7 @@ PHASES: dict[str, str] = {
     "reference": "Reference pass",
     "training": "Training",
     "evaluating": "Evaluating",
+    "watching": "Answering watch prompts",
     "saving": "Saving",
 }
 
@@ -158,6 +136,21 @@ class CheckpointEvent(TypedDict):
     path: str
 
 
+class WatchEvent(TypedDict):
+    """The watch prompts were answered: `path`, relative to the run directory, has a line for each of them:
+
+    `{"id", "step", "model", "prompt": [message…], "answer", "num_tokens", "finish_reason": "stop"|"length"}`, and
+    `k1`, `k3` where the divergence was estimated: nats, summed over the answer's tokens.
+    """
+
+    type: Literal["watch"]
+    time: float
+    step: int
+    model: Literal["policy", "reference"]
+    path: str
+    num_prompts: int
+
+
 class LogEvent(TypedDict):
     """A sentence for the person who watches the run."""
 
@@ -167,7 +160,7 @@ class LogEvent(TypedDict):
     text: str
 
 
-Event = PhaseEvent | PlanEvent | MetricsEvent | CheckpointEvent | LogEvent
+Event = PhaseEvent | PlanEvent | MetricsEvent | CheckpointEvent | WatchEvent | LogEvent
 
 
 AdapterKind = Literal["lora", "dora", "rslora", "rslora+dora"]
@@ -292,6 +285,11 @@ class RunConfig:
     save_steps: int = 50
     save_seconds: float = 300.0
     record_pairs: bool = True  # write pairs/*.parquet
+
+    watch_path: str = ""  # {"id": str, "prompt": [message…]} a line; "" = prompts of the validation pairs
+    watch_prompts: int = 4  # how many of them are answered at each evaluation; 0 = none
+    watch_max_new_tokens: int = 32
+    watch_temperature: float = 1.0  # 0 = the likeliest token; kl_sampled needs 1
 
     load_best_model_at_end: bool = True  # keep the weights of the best evaluation, not the last
     metric_for_best_model: str = "eval_loss"

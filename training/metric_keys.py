@@ -34,6 +34,18 @@ class Metric:
     # in a step it would cost another pass over every token's probabilities.
     ENTROPY = "entropy"
     TRUNCATED = "truncated"  # share of the pairs that were cut to max_length
+    # Of the answers to the watch prompts (`training/engine/watch.py`), at evaluation only. Sampled divergence of policy
+    # from reference, nats per token, on the policy's own answers drawn at temperature 1: k3, and k1, which scatters.
+    KL_SAMPLED = "kl_sampled"
+    KL_SAMPLED_K1 = "kl_sampled_k1"
+    WATCH_LENGTH = "watch/length"  # tokens of an answer, mean
+    WATCH_DISTINCT_1 = "watch/distinct_1"  # different tokens / tokens, over all answers
+    WATCH_DISTINCT_2 = "watch/distinct_2"  # the same of pairs of tokens
+    WATCH_SELF_BLEU = "watch/self_bleu"  # mean BLEU-4 of each answer against all others; null with one answer
+    WATCH_REPETITION = "watch/repetition"  # share of an answer's 4-grams that it had before, mean
+    WATCH_REFUSALS = (
+        "watch/refusals"  # share of answers that begin with a refusal (training/engine/diversity.py)
+    )
     GRAD_NORM = "grad_norm"  # before clipping
     LEARNING_RATE = "learning_rate"
     EPOCH = "epoch"  # fraction of passes done
@@ -55,7 +67,17 @@ GREATER_IS_BETTER = {
     Metric.LOG_ODDS_CHOSEN: True,
     Metric.LOG_ODDS_RATIO: True,
     Metric.KL: False,
+    Metric.KL_SAMPLED: False,
+    Metric.KL_SAMPLED_K1: False,
+    Metric.WATCH_DISTINCT_1: True,
+    Metric.WATCH_DISTINCT_2: True,
+    Metric.WATCH_SELF_BLEU: False,
+    Metric.WATCH_REPETITION: False,
 }
+OF_WATCHING = {
+    Metric.KL_SAMPLED, Metric.KL_SAMPLED_K1, Metric.WATCH_LENGTH, Metric.WATCH_DISTINCT_1, Metric.WATCH_DISTINCT_2,
+    Metric.WATCH_SELF_BLEU, Metric.WATCH_REPETITION, Metric.WATCH_REFUSALS,
+}  # fmt: skip
 OF_STEPS_ONLY = {
     Metric.GRAD_NORM, Metric.LEARNING_RATE, Metric.EPOCH, Metric.NUM_TOKENS, Metric.TOKENS_PER_SECOND,
     Metric.TRUNCATED, Metric.AUX_LOSS,

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from training.metric_keys import EVAL_PREFIX, Metric, evaluation_keys, is_greater_better
+from training.metric_keys import EVAL_PREFIX, OF_WATCHING, Metric, evaluation_keys, is_greater_better
 
 if TYPE_CHECKING:
     from training.contract import RunConfig
@@ -22,7 +22,8 @@ class ConfigError(ValueError):
 def check_settings(config: RunConfig) -> None:
     """Raises `ConfigError` with the first thing that cannot be meant."""
     for check in (
-        check_numbers, check_objective, check_finetuning, check_lengths, check_cache, check_stopping,
+        check_numbers, check_objective, check_finetuning, check_lengths, check_cache, check_watch,
+        check_stopping,
     ):  # fmt: skip
         check(config)
 
@@ -136,6 +137,19 @@ def uses_reference(config: RunConfig) -> bool:
     return config.method == "dpo" and config.simpo_gamma == 0
 
 
+def check_watch(config: RunConfig) -> None:
+    """Watch prompts: how many, how long, how hot."""
+    for name, low in (("watch_prompts", 0), ("watch_max_new_tokens", 1)):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(f"{name} must be a whole number from {low}, found {value!r}.")
+    heat = config.watch_temperature
+    if not (isinstance(heat, (int, float)) and 0 <= heat <= 2):
+        raise ConfigError(f"watch_temperature must be from 0 to 2, found {heat!r}.")
+    if config.watch_path and not config.watch_prompts:
+        raise ConfigError("watch_path is given and watch_prompts is 0: say how many are to be answered.")
+
+
 def check_stopping(config: RunConfig) -> None:
     """Best model, early stopping, KL budget: what could never act is refused."""
     patience = config.early_stopping_patience
@@ -166,9 +180,7 @@ def _check_metric(config: RunConfig) -> None:
     if key not in known:
         raise ConfigError(f"metric_for_best_model {key!r} is not known: use one of {', '.join(known)}.")
     if key in (EVAL_PREFIX + name for name in undefined_metrics(config)):
-        raise ConfigError(
-            f"metric_for_best_model {key} is not defined for this method and loss: use eval_loss."
-        )
+        raise ConfigError(f"metric_for_best_model {key} is not defined under these settings: use eval_loss.")
     if config.greater_is_better is None and is_greater_better(key) is None:
         raise ConfigError(f"Nobody can say which {key} is better: set greater_is_better to true or false.")
     if config.greater_is_better not in (None, True, False):
@@ -179,7 +191,11 @@ def undefined_metrics(config: RunConfig) -> set[str]:
     """Keys that are null, or not there, under these settings."""
     missing = set()
     if not uses_reference(config):
-        missing |= {Metric.KL}
+        missing |= {Metric.KL, Metric.KL_SAMPLED, Metric.KL_SAMPLED_K1}
+    if config.watch_temperature != 1.0:
+        missing |= {Metric.KL_SAMPLED, Metric.KL_SAMPLED_K1}
+    if not config.watch_prompts:
+        missing |= OF_WATCHING
     if config.method != "orpo":
         missing |= {Metric.LOG_ODDS_CHOSEN, Metric.LOG_ODDS_RATIO}
     if config.method == "dpo" and not config.rpo_alpha:

@@ -86,6 +86,7 @@ def run_maker(folder: Path, model: Path) -> NewRun:
             "gradient_accumulation_steps": 2,
             "learning_rate": 2e-3,
             "save_steps": 2,
+            "watch_prompts": 0,
             "device": "cpu",
         }
         return RunFolder(path, RunConfig(**(defaults | settings))).write()

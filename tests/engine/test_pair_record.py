@@ -11,10 +11,11 @@ from pyarrow import parquet
 
 from tests.engine.conftest import NewRun, RunFolder
 from tests.engine.policies import tiny_config, tiny_data, tiny_policy
-from training.contract import PAIR_COLUMNS, ExitCode
+from training.contract import ExitCode
 from training.engine.interrupts import Interrupts
 from training.engine.logps import sum_by_owner, token_logps
 from training.engine.order import Order
+from training.pair_columns import PAIR_COLUMNS
 
 Rows = list[dict[str, Any]]
 SETTINGS: dict[str, Any] = {"pairs": 24, "num_train_epochs": 2, "eval_steps": 3, "save_steps": 4}

@@ -53,7 +53,7 @@ def test_the_metrics_are_those_of_the_contract(new_run: NewRun) -> None:
 
 
 def test_phases_come_in_the_order_of_the_contract(new_run: NewRun) -> None:
-    run = new_run(max_steps=1)
+    run = new_run(max_steps=1, watch_prompts=1, watch_max_new_tokens=2)
     assert run.train() == 0
     first_seen = list(dict.fromkeys(event["phase"] for event in run.events if event["type"] == "phase"))
     assert set(first_seen) == set(PHASES)

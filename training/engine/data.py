@@ -79,7 +79,11 @@ def _parse_pair(line: str, path: Path, number: int, sides: Sides) -> dict[str, A
                     raise TypeError(key)
     except (ValueError, KeyError, TypeError) as error:
         wanted = (
-            "a preference pair" if sides == BOTH_SIDES else "an example with a prompt and a chosen answer"
+            "a preference pair"
+            if sides == BOTH_SIDES
+            else "an example with a prompt and a chosen answer"
+            if sides
+            else "a prompt: a list of messages"
         )
         raise RefusedError(
             f"Line {number} of {path.name} is not {wanted} ({type(error).__name__}: {error}).",

@@ -97,6 +97,12 @@ class EventLog:
     def checkpoint(self, step: int, path: str) -> None:
         self.write({"type": "checkpoint", "time": time.time(), "step": step, "path": path})
 
+    def watch(self, step: int, model: Literal["policy", "reference"], path: str, num_prompts: int) -> None:
+        self.write(
+            {"type": "watch", "time": time.time(), "step": step, "model": model, "path": path,
+             "num_prompts": num_prompts}
+        )  # fmt: skip
+
     def log(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
         logger.log(logging.getLevelNamesMapping()[level.upper()], text)
         self.write({"type": "log", "time": time.time(), "level": level, "text": text})

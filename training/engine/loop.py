@@ -24,7 +24,7 @@ from training.engine.evaluation import Evaluator
 from training.engine.events import EventLog, finite
 from training.engine.interrupts import Interrupts
 from training.engine.logps import token_logps
-from training.engine.metrics import Window
+from training.engine.metrics import Window, as_evaluation
 from training.engine.objective import Objective, PairLogps, mean_chosen_tokens
 from training.engine.order import Order
 from training.engine.pair_record import PairRecord
@@ -32,6 +32,7 @@ from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps
 from training.engine.routing import LoadBalance
 from training.engine.stopping import Best, Stopping, Verdict
+from training.engine.watch import Watch
 
 Values = dict[str, float | None]
 StoppedBy = Literal["request", "early_stopping", "kl_budget"]
@@ -85,6 +86,7 @@ class Loop:
         interrupts: Interrupts,
         identity: Identity,
         fingerprint: dict[str, str],
+        watch: Watch | None = None,
     ) -> None:
         self.config, self.run_dir, self.policy = config, run_dir, policy
         self.train, self.evaluation, self.reference = train, evaluation, reference
@@ -109,7 +111,7 @@ class Loop:
             decayed(self.trainable.values(), config.weight_decay), lr=config.learning_rate, fused=True
         )
         self.schedule = self._schedule()
-        self.stopping = Stopping(config)
+        self.watch, self.stopping = watch, Stopping(config)
         self.stopped_by: StoppedBy | None = None
         self._verdict = Verdict(is_best=False)
         self._evaluated_step = self._checkpoint_step = -1
@@ -282,7 +284,7 @@ class Loop:
 
     def _evaluation_due(self, last: bool) -> bool:
         step, every = self.state.step, self.config.eval_steps
-        if not self.evaluation or self._evaluated_step == step:
+        if not (self.evaluation or self.watch) or self._evaluated_step == step:
             return False
         return last or step == 0 or (every > 0 and step % every == 0)
 
@@ -294,14 +296,23 @@ class Loop:
             self.interrupts.check()
 
         self.events.phase("evaluating", total=total, unit=unit)
-        values = self.evaluator.evaluate(progress, record=self.record, step=self.state.step)
-        self.record.flush(self.state.step)
+        values: Values = {}
+        if self.evaluation:
+            values = self.evaluator.evaluate(progress, record=self.record, step=self.state.step)
+            self.record.flush(self.state.step)
+        if self.watch:
+            look = functools.partial(self.watch.look, self.state.step, self.interrupts.check)
+            values |= as_evaluation(self.world.on_main(look))
         self.policy.rest_reference()
         self.events.metrics("eval", self.state.step, values)
         self.state.last_evaluation = {key: finite(value) for key, value in values.items()}
         if self.state.step == 0:
             self.state.initial_metrics = self.state.last_evaluation
         self._evaluated_step = self.state.step
+        if self.evaluation:
+            self._judge()
+
+    def _judge(self) -> None:
         best = self.state.best
         self._verdict = self.stopping.judge(
             best, self.state.step, self.state.last_evaluation, self.state.last_training

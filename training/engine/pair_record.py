@@ -1,7 +1,7 @@
 """What policy and reference think of every single pair, over the run: `pairs/step-000040.parquet`.
 
 A file holds the validation pairs of an evaluation at its step, and the training pairs met since the file
-before, each as it was in its own step: those values are free. Columns: `PAIR_COLUMNS` in the contract.
+before, each as it was in its own step: those values are free. Columns: `training/pair_columns.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from training.contract import PAIR_COLUMNS, PAIRS_DIR, Metric, Split
+from training.contract import PAIRS_DIR, Metric, Split
 from training.engine.data import TokenizedPair
 from training.engine.distributed import ALONE, World
 from training.engine.objective import Objective, PairLogps, mean_chosen_tokens
 from training.engine.reference import ReferenceLogps
 from training.engine.step_files import step_path, write_durably
+from training.pair_columns import PAIR_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow

@@ -46,6 +46,10 @@ def check_config(config: RunConfig) -> None:
         raise RefusedError(
             "The model to start from is not there any more.", "Choose another model to start from."
         )
+    if config.watch_path and not Path(config.watch_path).is_file():
+        raise RefusedError(
+            "The watch prompts are not there.", "Choose the file again, or leave watch_path empty."
+        )
     if config.chat_template_path and not Path(config.chat_template_path).is_file():
         raise RefusedError("The file of the chat template is not there.", "Correct chat_template_path.")
     _check_other_models(config)

@@ -35,6 +35,8 @@ def continue_files(run_dir: Path, source: Path, step: int) -> None:
     """
     for name in (PAIRS_DIR, WATCH_DIR):
         folder = run_dir / name
+        if step < 0:
+            shutil.rmtree(folder, ignore_errors=True)
         if source != run_dir:
             shutil.rmtree(folder, ignore_errors=True)
             if (source / name).is_dir():

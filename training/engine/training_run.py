@@ -37,6 +37,7 @@ from training.engine.outputs import fingerprint, peak_memory_bytes, save_trained
 from training.engine.policy import Placement, Policy, load_policy, load_tokenizer, use_fast_layout
 from training.engine.reference import ReferenceLogps, limit_cache, score_reference
 from training.engine.step_files import continue_files
+from training.engine.watch import prepare_watch, read_watch_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ NOT_IDENTITY = {
     "reference_cache_bytes", "resume_from",
     "eval_steps", "save_steps", "save_seconds", "device", "dtype", "gradient_checkpointing",
     "per_device_train_batch_size", "gradient_accumulation_steps", "record_pairs",
+    "watch_path", "watch_prompts", "watch_max_new_tokens", "watch_temperature",
     "num_devices", "parallelism",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
     "early_stopping_threshold", "kl_budget",
@@ -80,6 +82,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     events.phase("preparing_data")
     tokenizer = load_tokenizer(config)
     data = prepare_data(config, tokenizer, events)
+    prompts = read_watch_prompts(config, tokenizer)
     order = Order(
         num_pairs=len(data.train),
         batch_size=config.per_device_train_batch_size,
@@ -118,6 +121,9 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     if objective.needs_reference:
         reference = reference_of(policy, data, order, config, run_dir, events=events, interrupts=interrupts)
 
+    watch = prepare_watch(
+        prompts, config, run_dir, policy, tokenizer, events, with_reference=objective.needs_reference
+    )
     loop = Loop(
         config=config,
         run_dir=run_dir,
@@ -131,6 +137,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         identity=identity_of(config, data.train, policy),
         fingerprint=fingerprint(placement, policy.layout_name, config)
         | {"gradient_checkpointing": str(activations.checkpointed)},
+        watch=watch,
     )
     resume(loop, config, run_dir, events)
     world.require_same("the model", f"{policy.layout_name} {tensors_sha256(policy.trainable)}")

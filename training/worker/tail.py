@@ -134,4 +134,11 @@ def _log(event: dict[str, Any]) -> bool:
     )
 
 
-_CHECKS = {"phase": _phase, "plan": _plan, "metrics": _metrics, "checkpoint": _checkpoint, "log": _log}
+_CHECKS = {
+    "phase": _phase,
+    "plan": _plan,
+    "metrics": _metrics,
+    "checkpoint": _checkpoint,
+    "watch": _checkpoint,  # a step and a path in the run directory, too
+    "log": _log,
+}
