@@ -10,7 +10,8 @@ PAIR_COLUMNS: dict[str, str] = {
     "id": "the pair's id in the data file",
     "split": "train or eval",
     "step": "optimizer steps done when policy, margin and loss were computed; a training pair's are those of the "
-    "gradient pass of the step after it, and at 0 the reference's, which the policy then is",
+    "gradient pass of the step after it, and at 0 the reference's, which the policy then is "
+    "(null there when the reference is another model)",
     "dropout": "whether the adapter's dropout was on; always off in evaluation and at step 0",
     "truncated": "whether the pair was cut to max_length",
     "chosen_tokens": "completion tokens of the chosen answer",

@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from tests.engine.conftest import NewRun, RunFolder
 from tests.engine.policies import tiny_config, tiny_data, tiny_policy
+from tests.tiny import build_tiny_model
 from training.contract import ExitCode
 from training.engine.interrupts import Interrupts
 from training.engine.logps import sum_by_owner, token_logps
@@ -148,6 +149,17 @@ def test_what_a_method_does_not_have_is_null(
     for row in rows:
         assert all(row[name] is None for name in nothing)
         assert all(row[name] is not None for name in ("policy_chosen_logps", "loss"))
+
+
+def test_under_another_reference_the_start_of_the_policy_is_not_guessed(
+    new_run: NewRun, tmp_path: Path
+) -> None:
+    other = build_tiny_model(tmp_path / "other", seed=5)
+    run = new_run(max_steps=1, reference_model_path=str(other))
+    assert run.train() == 0
+    rows = [row for row in rows_of(run)[0] if row["split"] == "train"]
+    assert all(row["reference_chosen_logps"] is not None for row in rows)
+    assert all(row[name] is None for row in rows for name in ("policy_chosen_logps", "margin", "loss"))
 
 
 def test_it_can_be_left_off(new_run: NewRun) -> None:

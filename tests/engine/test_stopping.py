@@ -164,6 +164,23 @@ def test_the_best_model_is_offered_and_the_result_tells_its_numbers(
     assert not same_weights(run.path / "adapter", run.path / "checkpoints/step-000012")
 
 
+def test_the_best_of_full_fine_tuning_is_offered_too(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, BEST_AT_6)
+    settings = {key: value for key, value in SETTINGS.items() if key != "lora_dropout"}
+    run = new_run(**settings, finetuning_type="full")
+    assert run.train() == 0
+    offered = load_file(run.path / "model/model.safetensors")
+    best, last = (
+        load_file(run.path / f"checkpoints/step-{step:06d}/adapter.safetensors") for step in (6, 12)
+    )
+    name = next(name for name in best if name.endswith("layers.0.mlp.down_proj.weight"))
+    mine = offered["model.layers.0.mlp.down_proj.weight"]
+    assert bool((mine == best[name]).all())
+    assert not bool((mine == last[name]).all())
+
+
 def test_the_last_model_is_offered_when_that_is_asked_for(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ class Loop:
             )
         self.trainable = policy.trainable
         plan = policy.activations
+        self.has_dropout = config.finetuning_type != "full" and config.lora_dropout > 0
         self.budget = plan.token_budget if plan else TRAIN_BUDGET[policy.scorer.placement.device.type]
         self.optimizer = torch.optim.AdamW(
             decayed(self.trainable.values(), config.weight_decay), lr=config.learning_rate, fused=True
@@ -254,7 +255,7 @@ class Loop:
                 losses, logps = self.score(pairs, tokens_per_pair)
                 (losses.sum() / num_pairs).backward()  # type: ignore[no-untyped-call]
                 window.add(losses, logps, truncated=sum(pair.truncated for pair in pairs))
-                self.record.add("train", step, pairs, logps, losses, dropout=self.config.lora_dropout > 0)
+                self.record.add("train", step, pairs, logps, losses, dropout=self.has_dropout)
                 window.add_sampled_kl(logps)
                 self._say_progress()  # a step may take an hour: whoever watches must not take it for a hang
         for _ in range(self.world.missing([sum(len(cut[index]) for index in share) for share in shares])):
@@ -332,7 +333,9 @@ class Loop:
     def _record_start(self) -> None:
         if self.state.step == 0 and self.reference is not None:
             if self.world.is_main:
-                self.record.add_start((self.train[i] for i in self.order.pairs_met()), self.reference)
+                other = self.config.reference_model_path or self.config.reference_adapter_path
+                met = (self.train[i] for i in self.order.pairs_met())
+                self.record.add_start(met, self.reference, policy_is_reference=not other)
             self.record.flush(0)
 
     def _checkpoint(self) -> None:

@@ -101,14 +101,18 @@ class PairRecord:
         )
         self._pending.append(_Batch(split, step, tuple(pairs), sums, dropout))
 
-    def add_start(self, pairs: Iterable[TokenizedPair], reference: ReferenceLogps) -> None:
-        """Training pairs before step 1, where the policy is the reference: no pass is needed."""
+    def add_start(
+        self, pairs: Iterable[TokenizedPair], reference: ReferenceLogps, *, policy_is_reference: bool
+    ) -> None:
+        """Training pairs before step 1. Where the policy is its reference, its values are known without a pass."""
         scored = [pair for pair in pairs if pair in reference]
         if not scored:
             return
         sides = np.array([_side_sums(pair, reference) for pair in scored]).T  # [2, B]
         chosen, rejected = torch.from_numpy(sides.copy())
-        logps = _pair_logps(scored, dict(zip(SUMS, (chosen, rejected, chosen, rejected), strict=True)))
+        unknown = torch.full_like(chosen, math.nan)
+        policy = (chosen, rejected) if policy_is_reference else (unknown, unknown)
+        logps = _pair_logps(scored, dict(zip(SUMS, (*policy, chosen, rejected), strict=True)))
         losses = self._objective.losses(logps, tokens_per_pair=mean_chosen_tokens(scored))
         self.add("train", 0, scored, logps, losses)
 
