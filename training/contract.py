@@ -379,6 +379,11 @@ def verify_checkpoint(path: Path) -> int:
     missing = [name for name in CHECKPOINT_FILES if name not in files]
     if missing:
         raise ValueError(f"{path.name} was written without {', '.join(missing)}.")
+    strange = {file.name for file in path.iterdir() if file.name[0] != "."} - {*files, MANIFEST_FILE}
+    if strange:
+        raise ValueError(
+            f"{path.name} has files that were not written with it: {', '.join(sorted(strange))}."
+        )
     for name, facts in files.items():
         file = path / name
         try:

@@ -34,6 +34,7 @@ from training.contract import (
 )
 
 KEEP = 2
+REPLACED = ".replaced-"  # before the name of a checkpoint that a newer one of the same step replaces
 ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE = CHECKPOINT_FILES
 Tensors = dict[str, torch.Tensor]
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def save_checkpoint(
     folder = run_dir / CHECKPOINTS_DIR
     folder.mkdir(exist_ok=True)
     final = folder / checkpoint_name(step)
-    temporary = folder / f".tmp-{uuid.uuid4().hex}"
+    temporary, replaced = folder / f".tmp-{uuid.uuid4().hex}", folder / f"{REPLACED}{final.name}"
     temporary.mkdir()
     try:
         save_file(adapter, temporary / ADAPTER_FILE)
@@ -103,14 +104,17 @@ def save_checkpoint(
         for path in temporary.iterdir():
             flush_to_disk(path)
         flush_to_disk(temporary)
-        if final.exists():
-            remove_tree(final)
+        if final.exists():  # it may be the only one: out of the way, but not gone before the new one is there
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.replace(replaced)
         temporary.replace(final)
         flush_to_disk(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(folder)
         raise
     verify_checkpoint(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     prune_checkpoints(run_dir, spare=spare)
     return final
 
@@ -223,10 +227,20 @@ def remove_tree(path: Path) -> None:
 
 
 def clean_leftovers(run_dir: Path) -> None:
-    """Temporary directories of an attempt that died."""
+    """Temporary directories of an attempt that died, perhaps while it replaced a checkpoint."""
     folder = run_dir / CHECKPOINTS_DIR
+    _put_back(folder)
     for path in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    for path in folder.glob(f"{REPLACED}*"):
+        original = folder / path.name.removeprefix(REPLACED)
+        if original.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.replace(original)
 
 
 def _optimizer_tensors(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensors:

@@ -63,7 +63,12 @@ def is_disk_full(error: BaseException) -> bool:
     """safetensors reports ENOSPC as text in an error of its own."""
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return True
-    return "No space left on device" in str(error)
+    return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+
+
+def is_file_too_large(error: BaseException) -> bool:
+    """A limit on the size of a file: of the account (`ulimit -f`) or of the file system."""
+    return (isinstance(error, OSError) and error.errno == errno.EFBIG) or "File too large" in str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -88,6 +93,13 @@ def explain(error: BaseException, config: RunConfig | None) -> Explanation:
         return Explanation(
             "The disk is full.",
             "Free some space and retry the task: it goes on from its last checkpoint.",
+            int(ExitCode.DISK_FULL),
+        )
+    if is_file_too_large(error):
+        return Explanation(
+            "A file would be larger than this account or disk allows.",
+            "Raise the limit (ulimit -f), or put the data directory on another disk, and retry the task: it goes on "
+            "from its last checkpoint.",
             int(ExitCode.DISK_FULL),
         )
     if is_out_of_memory(error):
