@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.engine.conftest import NewRun, RunFolder, run_maker
 from tests.engine.ranks import train_on
+from tests.tiny import build_tiny_model
 from training.contract import ExitCode, verify_checkpoint
 from training.engine import loop
 from training.engine.distributed import World
@@ -22,6 +24,8 @@ SETTINGS: dict[str, Any] = {
     "pairs": 21, "eval_pairs": 9, "gradient_accumulation_steps": 4, "num_train_epochs": 2,
     "lora_dropout": 0.2, "eval_steps": 3, "max_length": 512,
 }  # fmt: skip
+
+FULL: dict[str, Any] = {"finetuning_type": "full", "lora_dropout": 0.05}  # the default: there is no adapter
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +269,39 @@ def test_divided_weights_need_more_than_one_device(new_run: NewRun) -> None:
     run = new_run(parallelism="fsdp")
     assert run.train() == ExitCode.REFUSED
     assert "Set num_devices to 2 or more" in run.result["next_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"use_dora": True}, FULL | {"learning_rate": 1e-4}])
+def test_two_ranks_train_dora_and_all_weights_too(new_run: NewRun, settings: dict[str, Any]) -> None:
+    one, two = new_run("one", **SETTINGS | settings), new_run("two", **SETTINGS | settings)
+    assert one.train() == 0
+    assert train_on(two, 2) == [0, 0]
+    for split in ("train", "eval"):
+        for step, values in one.points(split).items():
+            assert two.points(split)[step] == pytest.approx(values, rel=2e-4, abs=2e-5), (split, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["dora", "reference"])
+def test_divided_weights_with_dora_and_with_another_reference(
+    new_run: NewRun, tmp_path: Path, which: str
+) -> None:
+    settings = {"use_dora": True}
+    if which == "reference":
+        settings = {"reference_model_path": str(build_tiny_model(tmp_path / "other", seed=5))}
+    whole, divided = (
+        new_run(kind, **SETTINGS, **settings, parallelism=kind, reference_cache_dir=str(tmp_path / kind))
+        for kind in ("data", "fsdp")
+    )
+    assert train_on(whole, 2) == [0, 0]
+    assert train_on(divided, 2) == [0, 0]
+    assert divided.points("train") == whole.points("train")
+    assert divided.points("eval") == whole.points("eval")
+
+
+@pytest.mark.slow
+def test_weights_that_are_trained_are_not_divided(new_run: NewRun) -> None:
+    run = new_run(**SETTINGS | FULL, parallelism="fsdp")
+    assert train_on(run, 2) == [ExitCode.REFUSED] * 2
+    assert "here all weights are trained" in run.result["error"]
