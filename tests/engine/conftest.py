@@ -25,6 +25,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    """What a test that takes it runs on: the CPU, and a GPU where there is one."""
+    return str(request.param)
+
+
 @dataclasses.dataclass
 class RunFolder:
     """A run directory and how to run it here."""

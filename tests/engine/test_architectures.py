@@ -27,7 +27,7 @@ def plain_loss(model: Any, pairs: list[TokenizedPair]) -> tuple[torch.Tensor, to
         values = []
         for pair in pairs:
             for side in (pair.chosen, pair.rejected):
-                ids = torch.tensor([[*pair.prompt.tolist(), *side.tolist()]])
+                ids = torch.tensor([[*pair.prompt.tolist(), *side.tolist()]], device=model.device)
                 logits = model(input_ids=ids, use_cache=False).logits[0].double()
                 tokens = torch.log_softmax(logits, dim=-1)[:-1].gather(-1, ids[0, 1:, None])
                 values.append(tokens[len(pair.prompt) - 1 :].sum())
@@ -56,7 +56,7 @@ def engine_loss(policy: Policy, pairs: list[TokenizedPair]) -> tuple[torch.Tenso
 
 def gradients_of(loss: torch.Tensor, model: Any) -> torch.Tensor:
     found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-    return torch.cat([tensor.flatten().double() for tensor in found])
+    return torch.cat([tensor.flatten().double().cpu() for tensor in found])
 
 
 def in_float64(policy: Policy) -> Any:
@@ -70,9 +70,9 @@ def in_float64(policy: Policy) -> Any:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_chosen_layout_equals_the_models_own_logits(name: str, tmp_path: Path) -> None:
+def test_the_chosen_layout_equals_the_models_own_logits(name: str, tmp_path: Path, device: str) -> None:
     architecture, pairs = ARCHITECTURES[name], uneven_pairs()
-    config = tiny_config(architecture.build(tmp_path), beta=BETA)
+    config = tiny_config(architecture.build(tmp_path), beta=BETA, device=device, dtype="float32")
     policy = load_policy(config, Placement.choose(config), pairs[:1])
     bend(policy)
     policy.model.eval()
@@ -84,7 +84,7 @@ def test_the_chosen_layout_equals_the_models_own_logits(name: str, tmp_path: Pat
     expected, expected_logps = plain_loss(exact, pairs)
     loss, logps = engine_loss(policy, pairs)
     assert abs(expected.item() - 0.6931) > 1e-3  # an adapter that does nothing would prove nothing
-    torch.testing.assert_close(logps, expected_logps, rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(logps.cpu(), expected_logps.cpu(), rtol=2e-6, atol=2e-5)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
     theirs, ours = gradients_of(expected, exact), gradients_of(loss, policy.model)
     assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-4

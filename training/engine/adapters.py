@@ -15,6 +15,7 @@ from torch import nn
 
 from training.contract import AdapterFacts, AdapterKind, RunConfig
 from training.engine.errors import RefusedError
+from training.engine.experts import explain_dropout, split_experts
 from training.engine.starting_point import StartingPoint, base_sha256
 from training.engine.target_modules import resolve
 
@@ -66,6 +67,7 @@ def new_adapter(base: Any, config: RunConfig) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    layers, experts = split_experts(base, config.target_modules)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -73,11 +75,13 @@ def new_adapter(base: Any, config: RunConfig) -> Any:
         lora_dropout=config.lora_dropout,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
-        target_modules=resolve(base, config.target_modules),
+        target_modules=[] if experts and not layers else resolve(base, layers),
+        target_parameters=experts or None,
     )
     try:
         return get_peft_model(base, settings)
     except ValueError as error:
+        explain_dropout(error, config.lora_dropout)
         raise RefusedError(
             f"The adapter cannot be put on this model: {_first_line(error)}",
             "Choose target_modules that the model has.",

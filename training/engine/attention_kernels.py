@@ -72,7 +72,7 @@ class _AttentionByParts(torch.autograd.Function):
         q = query[0].view(groups, -1, length, query.shape[-1])
         totals = []
         for part in _parts(layout, scoring, kernel):
-            mask = layout.mask(part, _mask_dtype(query.dtype, kernel))
+            mask = layout.mask(part, _working_dtype(query.dtype, kernel))
             k, v = _seen(key, part), _seen(value, part)
             tokens = part.queries.tokens
             run = _flash if kernel == "flash" else _matmul
@@ -93,7 +93,7 @@ class _AttentionByParts(torch.autograd.Function):
         grad_sinks = None if sinks is None else torch.zeros_like(sinks)
         run = _flash_backward if ctx.kernel == "flash" else _matmul_backward
         for part, total in zip(_parts(ctx.layout, ctx.scoring, ctx.kernel), totals, strict=True):
-            mask = ctx.layout.mask(part, _mask_dtype(query.dtype, ctx.kernel))
+            mask = ctx.layout.mask(part, _working_dtype(query.dtype, ctx.kernel))
             tokens = part.queries.tokens
             dq, dk, dv = run(
                 grad[:, :, tokens], q[:, :, tokens], _seen(key, part), _seen(value, part),
@@ -114,8 +114,9 @@ def _parts(layout: PairLayout, scoring: Scoring, kernel: Kernel) -> tuple[Part, 
     return layout.parts(scoring.window, MATMUL_BLOCK if kernel == "matmul" else 0)
 
 
-def _mask_dtype(dtype: torch.dtype, kernel: Kernel) -> torch.dtype:
-    return dtype if kernel == "flash" else _precise(dtype)
+def _working_dtype(dtype: torch.dtype, kernel: Kernel) -> torch.dtype:
+    """What a call computes its scores in; its mask is of the same."""
+    return _precise(dtype) if kernel == "matmul" else dtype
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
@@ -185,13 +186,17 @@ def _for_heads(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _scores(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor | None,
+    scoring: Scoring,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores before and after the mask, [G, h, n, m], in float32 or better."""
     dtype = _precise(q.dtype)
     groups, heads, rows, width = q.shape
     flat = q.reshape(groups, heads * rows, width).to(dtype)
-    scores = torch.bmm(flat, k.to(dtype).transpose(1, 2)).view(groups, heads, rows, -1).mul_(scoring.scale)
+    scores = torch.bmm(flat, k.to(dtype).transpose(1, 2)).view(groups, heads, rows, -1)
+    scores = scores.mul_(scoring.scale)
     if scoring.softcap:
         scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
     return scores, scores + (_causal(rows, dtype, q.device) if mask is None else mask)
@@ -241,7 +246,8 @@ def _matmul_backward(
 
     g = flat(grad)
     dv = torch.bmm(flat(shares).to(v.dtype).transpose(1, 2), g)
-    slopes = torch.bmm(g.to(dtype), v.to(dtype).transpose(1, 2)).view(groups, heads, rows, keys)
+    slopes = torch.bmm(g.to(dtype), v.to(dtype).transpose(1, 2))
+    slopes = slopes.view(groups, heads, rows, keys)
     slopes -= (out.to(dtype) * grad.to(dtype)).sum(dim=-1, keepdim=True)
     slopes *= shares
     if scoring.softcap:

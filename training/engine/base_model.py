@@ -13,6 +13,7 @@ from training.contract import RunConfig
 from training.engine.errors import RefusedError
 from training.engine.logps import Head
 from training.engine.placement import Placement
+from training.engine.precision import loading_dtype, lower, projection_weight
 from training.engine.quantization import quantization_settings
 from training.engine.starting_point import ADAPTER_SETTINGS, StartingPoint, known_sha256
 
@@ -51,12 +52,14 @@ def load_base(config: RunConfig, placement: Placement) -> Any:
         settings = AutoConfig.from_pretrained(
             config.model_path, local_files_only=True, trust_remote_code=False
         )
+        plain = config.quantization == "none"
+        dtype = loading_dtype(settings, placement.dtype) if plain else placement.dtype
         capped = getattr(settings.get_text_config(), "attn_logit_softcapping", None) is not None
         base = AutoModelForCausalLM.from_pretrained(
             config.model_path,
             config=settings,
             # Weights that are trained stay in float32: in bfloat16 a small update would be rounded away.
-            dtype=torch.float32 if config.finetuning_type == "full" else placement.dtype,
+            dtype=torch.float32 if config.finetuning_type == "full" else dtype,
             quantization_config=quantization_settings(config, placement.dtype),
             device_map=None if config.quantization == "none" else {"": placement.device},
             attn_implementation="eager" if capped else None,  # SDPA cannot cap; None: SDPA where it is right
@@ -73,6 +76,8 @@ def load_base(config: RunConfig, placement: Placement) -> Any:
         ) from error
     base.requires_grad_(False)
     base.config.use_cache = False
+    if plain and config.finetuning_type != "full" and dtype != placement.dtype:
+        lower(base, placement.dtype)
     if not placement.exact:
         # Frozen weights in bfloat16 halve the memory; a float32 residual stream keeps most of the exactness.
         base.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
@@ -90,7 +95,7 @@ def parts(base: Any) -> tuple[nn.Module, Head]:
         getattr(text, "logits_scaling", None) or 1.0
     )
     softcap = float(getattr(text, "final_logit_softcapping", None) or 0.0)
-    return decoder, Head(output.weight, output.bias, scale, softcap)
+    return decoder, Head(projection_weight(decoder, output.weight), output.bias, scale, softcap)
 
 
 def unknown_head(base: Any) -> RefusedError:

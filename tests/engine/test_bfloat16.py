@@ -1,0 +1,136 @@
+"""bfloat16: lowered matrices and a residual stream in float32 are no further from the truth than TRL's way.
+
+TRL keeps weights in float32 and computes under autocast, logits too. Measured on what a loss is made of, the
+summed log-probabilities of answers, and on gradients, over several pairs: one loss is a matter of luck.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.architectures import Architecture
+from tests.engine.policies import bend, tiny_config
+from tests.engine.test_architectures import in_float64
+from tests.starter import starter_folder
+from training.engine.data import TokenizedPair
+from training.engine.logps import token_logps
+from training.engine.policy import Placement, Policy, load_policy, use_fast_layout
+
+# The same roundings in another order of sums: errors equal to three digits, not to all of them.
+ROUNDING = 1.02
+
+SMOLLM2 = Architecture(
+    "LlamaConfig",
+    {
+        "vocab_size": 49_152, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "initializer_range": 0.04,
+    },
+)  # fmt: skip
+
+
+def wide_pairs(count: int, vocabulary: int, longest: int) -> list[TokenizedPair]:
+    draw = np.random.default_rng(5)
+
+    def ids() -> Any:
+        return draw.integers(3, vocabulary, size=int(draw.integers(8, longest))).astype(np.int32)
+
+    return [TokenizedPair(str(number), ids(), ids(), ids()) for number in range(count)]
+
+
+def own_logits(model: Any, pairs: list[TokenizedPair]) -> list[torch.Tensor]:
+    """log p of each completion's tokens from `model(...).logits`, one sequence at a time."""
+    found = []
+    for pair in pairs:
+        for side in (pair.chosen, pair.rejected):
+            ids = torch.tensor([[*pair.prompt.tolist(), *side.tolist()]], device=model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logps = torch.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, dim=-1)
+            tokens = logps[:-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
+            found.append(tokens[len(pair.prompt) - 1 :])
+    return found
+
+
+def engine(policy: Policy, pairs: list[TokenizedPair]) -> list[torch.Tensor]:
+    states = policy.scorer(pairs)
+    values = token_logps(states.hidden, states.labels, policy.head)
+    return [values[states.owner == number] for number in range(2 * len(pairs))]
+
+
+def gradients_of(tokens: list[torch.Tensor], model: Any) -> list[torch.Tensor]:
+    """For each pair that of log p(chosen) - log p(rejected)."""
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = []
+    for chosen, rejected in zip(tokens[0::2], tokens[1::2], strict=True):
+        parts = torch.autograd.grad(chosen.sum() - rejected.sum(), weights, retain_graph=True)
+        found.append(torch.cat([part.flatten().double().cpu() for part in parts]))
+    return found
+
+
+def summed(tokens: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([answer.detach().double().sum().cpu() for answer in tokens])
+
+
+def distance(tokens: list[torch.Tensor], model: Any, truth: Any) -> tuple[float, float]:
+    """Error of an answer's summed log-probability, nats, root mean square; the gradient's, relative, mean."""
+    differences = summed(tokens) - truth[0]
+    relative = [
+        float((ours - exact).norm() / exact.norm())
+        for ours, exact in zip(gradients_of(tokens, model), truth[1], strict=True)
+    ]
+    return float(differences.square().mean().sqrt()), sum(relative) / len(relative)
+
+
+def loaded(folder: Path, pairs: list[TokenizedPair], **settings: Any) -> Policy:
+    config = tiny_config(folder, **settings)
+    policy = load_policy(config, Placement.choose(config), pairs[:1])
+    bend(policy)
+    policy.model.eval()
+    return policy
+
+
+def compare(
+    folder: Path, pairs: list[TokenizedPair], device: str, *, exactly: torch.dtype
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Distances from the truth: ours in bfloat16, and autocast over float32 weights, as TRL does it."""
+    full = loaded(folder, pairs, device=device, dtype="float32")
+    exact = in_float64(full) if exactly == torch.float64 else copy.deepcopy(full.model).eval()
+    tokens = own_logits(exact, pairs)
+    truth = summed(tokens), gradients_of(tokens, exact)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        theirs = own_logits(full.model, pairs)
+    their_distance = distance(theirs, full.model, truth)
+    low = loaded(folder, pairs, device=device, dtype="bfloat16")
+    use_fast_layout(low, pairs)
+    return distance(engine(low, pairs), low.model, truth), their_distance
+
+
+def test_log_probabilities_and_gradients_are_no_further_off_than_trls(tmp_path: Path, device: str) -> None:
+    pairs = wide_pairs(5, SMOLLM2.settings["vocab_size"], longest=50)
+    ours, theirs = compare(SMOLLM2.build(tmp_path), pairs, device, exactly=torch.float64)
+    print(f"bfloat16 on {device}: ours {ours}, autocast {theirs}")
+    assert ours[0] < ROUNDING * theirs[0] and ours[1] < ROUNDING * theirs[1]
+
+
+@pytest.mark.slow
+def test_those_of_the_starter_model_are_no_further_off_than_trls(device: str) -> None:
+    pairs = wide_pairs(3, 49_000, longest=30)
+    ours, theirs = compare(starter_folder(), pairs, device, exactly=torch.float32)
+    print(f"bfloat16 on {device}: ours {ours}, autocast {theirs}")
+    assert ours[0] < ROUNDING * theirs[0] and ours[1] < ROUNDING * theirs[1]
+
+
+def test_what_autocast_keeps_in_float32_is_kept_where_the_checkpoint_has_it(tmp_path: Path) -> None:
+    pairs = wide_pairs(1, SMOLLM2.settings["vocab_size"], longest=10)
+    policy = loaded(SMOLLM2.build(tmp_path), pairs, device="cpu", dtype="bfloat16")
+    dtypes = {name: tensor.dtype for name, tensor in policy.model.get_base_model().named_parameters()}
+    low = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert low and all("proj.base_layer" in name for name in low)
+    assert not any("norm" in name or "embed" in name for name in low)
+    assert policy.head.weight.dtype == torch.bfloat16
