@@ -29,7 +29,7 @@ from training.engine.order import mixed_seed
 from training.engine.policy import Policy
 from training.engine.step_files import step_path, write_durably
 
-PROMPT_TOKENS = 512  # of a validation prompt that is watched, so that watching stays cheap
+PROMPT_TOKENS = 256  # of a validation prompt that is watched, at most: watching stays cheap
 ROWS = {"cpu": 8, "cuda": 64}  # prompts answered at once
 REFERENCE_FILE = "reference.jsonl"
 Values = dict[str, float | None]
