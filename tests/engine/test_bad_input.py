@@ -58,6 +58,14 @@ def adapter_for_another_base(new_run: NewRun, folder: Path, _: Any) -> RunFolder
     return new_run(adapter_path=str(other.path / "adapter"))
 
 
+def adapter_with_another_vocabulary(new_run: NewRun, folder: Path, _: Any) -> RunFolder:
+    other = new_run("other", max_steps=1)
+    assert other.train() == 0
+    path = other.path / "adapter/tokenizer.json"
+    path.write_text(path.read_text().replace("<|im_end|>", "<|the_end|>"))
+    return new_run(adapter_path=str(other.path / "adapter"))
+
+
 def empty_split(new_run: NewRun, folder: Path, _: Any) -> RunFolder:
     (folder / "empty.jsonl").write_text("\n")
     return new_run(eval_path=str(folder / "empty.jsonl"))
@@ -126,6 +134,7 @@ REFUSED, DIVERGED = ExitCode.REFUSED, ExitCode.DIVERGED
         (broken_template, REFUSED, "chat template refused them", "dataset"),
         (tokenizer_larger_than_the_model, REFUSED, "more tokens than the base model", "base model"),
         (adapter_for_another_base, REFUSED, "base model", "base model"),
+        (adapter_with_another_vocabulary, REFUSED, "token", "base model"),
         (empty_split, REFUSED, "There are no validation pairs.", "Prepare the dataset again"),
         (one_pair, REFUSED, "Only one training pair is left of 1", "Add more"),
         (all_pairs_over_long, REFUSED, "No training pair is left of 16", "max_context_length"),

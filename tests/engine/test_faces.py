@@ -305,7 +305,7 @@ def test_what_cannot_be_merged_is_refused(finished: RunFolder, tmp_path: Path, n
     (quantised.path / "adapter").symlink_to(finished.path / "adapter")
     with pytest.raises(RefusedError, match="quantised"):
         merge(quantised.path)
-    with pytest.raises(RefusedError, match="has no finished adapter"):
+    with pytest.raises(RefusedError, match="has no finished model"):
         merge(new_run("empty").path)
     with pytest.raises(RefusedError, match="holds something else"):
         merge(finished.path, out_dir=finished.path / "adapter")
@@ -363,6 +363,36 @@ def test_generate_prints_a_line_for_each_answer(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] for line in lines] == [0, 1, 2, 3]
     assert json.loads((finished.path / "generate.json").read_text())["answers"] == lines
+
+
+def test_full_fine_tuning_is_evaluated_and_answers_beside_its_base(new_run: NewRun, tiny_model: Path) -> None:
+    run = new_run(
+        finetuning_type="full",
+        num_train_epochs=2,
+        max_steps=6,
+        learning_rate=5e-3,
+        load_best_model_at_end=False,
+    )
+    assert run.train() == 0
+    said = run.points("eval")[6]
+    for report in (evaluate(run.path), evaluate(run.path, checkpoint="step-000006")):
+        assert report["step"] == 6
+        assert report["metrics"] == {key: said[key] for key in report["metrics"]}
+    tuned, base = generate(run.path, ["Hello"], sides=("tuned", "base"), max_new_tokens=8)
+    lora = new_run("lora", max_steps=1)
+    assert lora.train() == 0
+    assert generate(lora.path, ["Hello"], sides=("base",), max_new_tokens=8)[0]["text"] == base["text"]
+    assert tuned["text"] != base["text"]
+    with pytest.raises(RefusedError, match="trained the whole model"):
+        merge(run.path)
+
+
+def test_a_base_that_was_exchanged_is_noticed(new_run: NewRun, tmp_path: Path) -> None:
+    run = new_run(model_path=str(build_tiny_model(tmp_path / "model")), max_steps=1)
+    assert run.train() == 0
+    build_tiny_model(tmp_path / "model", seed=5)
+    with pytest.raises(RefusedError, match="not those that it was trained on"):
+        evaluate(run.path)
 
 
 # --- estimate ---------------------------------------------------------------------------------------

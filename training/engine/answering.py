@@ -13,7 +13,7 @@ from training.engine.errors import RefusedError
 from training.engine.finished import find_kept, greeting, load_config, load_kept
 from training.engine.generation import Answer, FinishReason, GenerationError, Sampling, generate
 from training.engine.order import mixed_seed
-from training.engine.policy import Placement, Policy, load_tokenizer
+from training.engine.policy import Placement, Policy, load_policy, load_tokenizer
 from training.engine.preflight import check_config
 from training.engine.training_run import make_quiet_and_deterministic
 
@@ -77,7 +77,11 @@ def answers(
     make_quiet_and_deterministic()
     tokenizer = load_tokenizer(config)
     rendered = [_render(number, prompt, tokenizer) for number, prompt in enumerate(prompts)]
-    policy = load_kept(config, kept, Placement.choose(config), [greeting(tokenizer)])
+    placement, hello = Placement.choose(config), [greeting(tokenizer)]
+    policy = load_kept(config, kept, placement, hello)
+    # With an adapter the base is the same model without it; else it is one of its own.
+    apart = config.finetuning_type == "full" and "base" in settings.sides
+    base = load_policy(dataclasses.replace(config, adapter_path=""), placement, hello) if apart else policy
     for number, ids in enumerate(rendered):
         sampling = Sampling(
             temperature=settings.temperature,
@@ -86,7 +90,7 @@ def answers(
             seed=mixed_seed(settings.seed, "generate", number),
         )
         for side in settings.sides:
-            yield _answer(policy, number, side, ids, tokenizer, sampling)
+            yield _answer(base if side == "base" else policy, number, side, ids, tokenizer, sampling)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -162,6 +166,6 @@ def _side(policy: Policy, side: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(policy.inference())
         stack.enter_context(policy.scorer.placement.autocast())
-        if side == "base":
+        if side == "base" and hasattr(policy.model, "disable_adapter"):
             stack.enter_context(policy.model.disable_adapter())
         yield

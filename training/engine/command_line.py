@@ -197,7 +197,7 @@ def _answer(run_dir: Path, command: str, work: Callable[[], Mapping[str, Any]]) 
 
     result.json is training's own word and stays as it is.
     """
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     path, code = run_dir / f"{command}.json", 0
     try:
         outcome: dict[str, Any] = {"status": "succeeded", **work()}

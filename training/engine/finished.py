@@ -14,18 +14,18 @@ import torch
 
 from training.contract import (
     ADAPTER_DIR,
-    CHECKPOINT_FILES,
     CHECKPOINTS_DIR,
+    MODEL_DIR,
     RESULT_FILE,
     RunConfig,
     verify_checkpoint,
 )
-from training.engine.adapters import POLICY
+from training.engine.adapters import POLICY, place
 from training.engine.data import TokenizedPair
 from training.engine.errors import RefusedError
-from training.engine.policy import Placement, Policy, load_policy
-
-WEIGHTS_FILE = "adapter_model.safetensors"
+from training.engine.placement import Placement
+from training.engine.policy import Policy, load_policy
+from training.engine.starting_point import ADAPTER_WEIGHTS, open_starting_point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Kept:
     """Weights that a run left behind."""
 
     folder: Path
-    name: str  # "adapter", "step-000200"
+    name: str  # "adapter", "model" (of full fine-tuning), "step-000200"
     step: int | None  # None where nobody wrote it down
 
     @property
     def is_checkpoint(self) -> bool:
-        return self.name != ADAPTER_DIR
+        return self.name not in {ADAPTER_DIR, MODEL_DIR}
 
 
 def load_config(run_dir: Path) -> RunConfig:
@@ -48,16 +48,16 @@ def load_config(run_dir: Path) -> RunConfig:
 
 
 def find_kept(run_dir: Path, checkpoint: str) -> Kept:
-    """The finished adapter, or the checkpoint of that name (or at that path), verified."""
+    """The finished adapter (or whole model), or the checkpoint of that name (or at that path), verified."""
     if not checkpoint:
-        folder = run_dir / ADAPTER_DIR
-        if not (folder / WEIGHTS_FILE).is_file():
-            names = sorted(path.name for path in (run_dir / CHECKPOINTS_DIR).glob("step-*"))
-            raise RefusedError(
-                f"{run_dir.name} has no finished adapter.",
-                f"Name a checkpoint: {', '.join(names)}." if names else "Train it first.",
-            )
-        return Kept(folder, ADAPTER_DIR, _finished_step(run_dir))
+        for name, file in ((ADAPTER_DIR, ADAPTER_WEIGHTS), (MODEL_DIR, "config.json")):
+            if (run_dir / name / file).is_file():
+                return Kept(run_dir / name, name, _finished_step(run_dir))
+        names = sorted(path.name for path in (run_dir / CHECKPOINTS_DIR).glob("step-*"))
+        raise RefusedError(
+            f"{run_dir.name} has no finished model.",
+            f"Name a checkpoint: {', '.join(names)}." if names else "Train it first.",
+        )
     own = run_dir / CHECKPOINTS_DIR / checkpoint
     folder = own if own.is_dir() else Path(checkpoint)
     try:
@@ -65,7 +65,7 @@ def find_kept(run_dir: Path, checkpoint: str) -> Kept:
     except ValueError as error:
         raise RefusedError(
             f"The checkpoint {folder.name!r} cannot be used: {error}",
-            "Choose another one, or the finished adapter.",
+            "Choose another one, or the finished model.",
         ) from None
 
 
@@ -73,7 +73,7 @@ def load_kept(config: RunConfig, kept: Kept, placement: Placement, probe: Sequen
     """The policy with these weights, in eval mode; its reference is the run's. `probe` as in `load_policy`."""
     policy = load_policy(config, placement, probe)
     try:
-        _place_checkpoint(policy, kept.folder) if kept.is_checkpoint else _place_adapter(policy, kept.folder)
+        _place_model(policy, kept.folder) if kept.name == MODEL_DIR else _place_trained(policy, kept.folder)
     except (ValueError, RuntimeError, KeyError) as error:
         raise RefusedError(
             f"{kept.name} does not fit the model of config.json: {str(error).splitlines()[0][:300]}",
@@ -89,26 +89,32 @@ def greeting(tokenizer: Any) -> TokenizedPair:
     return TokenizedPair("greeting", np.array(tokenizer("Hello.")["input_ids"], dtype=np.int32), none, none)
 
 
-def _place_checkpoint(policy: Policy, folder: Path) -> None:
+def _place_trained(policy: Policy, folder: Path) -> None:
+    """An adapter, or a checkpoint of either kind of run."""
+    start = open_starting_point(str(folder))
+    assert start is not None  # noqa: S101 - None is for no path
+    if start.base_sha256 and start.base_sha256 != policy.base_sha256:
+        raise ValueError("the base model's weights are not those that it was trained on")
+    if start.is_adapter:
+        place(policy.model, start, POLICY)
+    else:
+        _copy_all(policy, start.tensors())
+
+
+def _place_model(policy: Policy, folder: Path) -> None:
+    """What full fine-tuning left: all weights, in one file or several."""
     from safetensors.torch import load_file
 
-    tensors, own = load_file(folder / CHECKPOINT_FILES[0]), policy.trainable
+    _copy_all(policy, {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()})
+
+
+def _copy_all(policy: Policy, tensors: dict[str, torch.Tensor]) -> None:
+    own = dict(policy.base.named_parameters())
     if set(tensors) != set(own):
         raise ValueError(f"{len(set(tensors) ^ set(own))} of its weights have no place in the model")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
-
-
-def _place_adapter(policy: Policy, folder: Path) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / WEIGHTS_FILE)
-    own = get_peft_model_state_dict(policy.model, adapter_name=POLICY, save_embedding_layers=False)
-    if set(tensors) != set(own):
-        raise ValueError(f"{len(set(tensors) ^ set(own))} of its weights have no place in the model")
-    set_peft_model_state_dict(policy.model, tensors, adapter_name=POLICY)
 
 
 def _finished_step(run_dir: Path) -> int | None:

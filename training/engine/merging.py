@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from training.contract import ADAPTER_DIR, RunConfig, file_sha256
+from training.contract import ADAPTER_DIR, MODEL_DIR, RunConfig, file_sha256
 from training.engine.adapters import POLICY
 from training.engine.checkpoints import flush_to_disk, remove_tree
 from training.engine.errors import RefusedError
@@ -44,7 +44,8 @@ def merge(
     run_dir: Path, *, checkpoint: str = "", dtype: str = "auto", out_dir: Path | None = None
 ) -> MergeReport:
     """See `training.engine.merge`."""
-    config = dataclasses.replace(load_config(run_dir), device="cpu", dtype="float32", quantization="none")
+    trained = load_config(run_dir)
+    config = dataclasses.replace(trained, device="cpu", dtype="float32", quantization="none")
     kept = find_kept(run_dir, checkpoint)
     final = out_dir or run_dir / MERGED_DIR
     check_config(config)
@@ -58,7 +59,7 @@ def merge(
     try:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(_readme(config, kept, dtype), encoding="utf-8")
+        (temporary / "README.md").write_text(_readme(trained, kept, dtype), encoding="utf-8")
         for path in temporary.iterdir():
             flush_to_disk(path)
         flush_to_disk(temporary)
@@ -95,6 +96,11 @@ def merged_model(policy: Policy, config: RunConfig, dtype: str) -> Any:
 
 
 def _require_mergeable(config: RunConfig, final: Path, run_dir: Path) -> None:
+    if config.finetuning_type == "full":
+        raise RefusedError(
+            "This run trained the whole model: there is no adapter to merge.",
+            f"Take {run_dir.name}/{MODEL_DIR}.",
+        )
     settings = json.loads((Path(config.model_path) / "config.json").read_text(encoding="utf-8"))
     if settings.get("quantization_config"):
         raise RefusedError(
@@ -144,10 +150,12 @@ def _report(final: Path, config: RunConfig, kept: Kept, dtype: str, policy: Poli
 
 def _readme(config: RunConfig, kept: Kept, dtype: str) -> str:
     base = config.base_model_name or Path(config.model_path).name
+    note = " The adapter was trained over 4-bit weights, and merged into the unquantised ones."
+    note = "" if config.quantization == "none" else note
     step = f" after {kept.step} steps" if kept.step is not None else ""
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"tags:\n- {config.method}\n---\n\n"
         f"{base} with an adapter trained by {config.method}{step} merged into its weights. Computed in float32 and "
-        f"stored as {dtype}.\n"
+        f"stored as {dtype}.{note}\n"
     )
