@@ -101,8 +101,8 @@ def add_frozen(model: Any, start: StartingPoint, model_path: Path) -> None:
     _check_adapter(start, model_path)
     with _fitting():
         model.add_adapter(REFERENCE, _settings(start, dropout=0.0))
-        place(model, start, REFERENCE)
         _check_head(model)
+        place(model, start, REFERENCE)
     model.set_adapter(POLICY)
 
 
@@ -157,8 +157,8 @@ def _with_adapter(base: Any, start: StartingPoint, *, dropout: float) -> Any:
     from peft import get_peft_model
 
     model = get_peft_model(base, _settings(start, dropout=dropout))
-    place(model, start, POLICY)
     _check_head(model)
+    place(model, start, POLICY)
     return model
 
 

@@ -21,15 +21,16 @@ PRESETS = {
 }
 
 
-def resolve(base: Any, wanted: Sequence[str]) -> str | list[str]:
-    """What peft is told: "all-linear", or names that all exist. Raises `RefusedError` with those that do.
+def resolve(base: Any, wanted: Sequence[str]) -> list[str]:
+    """What peft is told: names that all exist. Raises `RefusedError` with those that do.
 
-    `wanted` holds "all-linear" alone, presets ("attention", "mlp"), names of layers or ends of them
-    ("q_proj", "layers.0.mlp.up_proj"), in any mixture; nothing means "all-linear".
+    `wanted` holds "all-linear" alone (every linear layer but the one that gives the vocabulary), or presets
+    ("attention", "mlp"), names of layers and ends of them ("q_proj", "layers.0.mlp.up_proj") in any mixture;
+    nothing means "all-linear".
     """
+    linear, head = linear_layers(base)
     if not wanted or list(wanted) == [ALL_LINEAR]:
-        return ALL_LINEAR
-    linear = linear_layers(base)
+        return _shortest(set(linear), [*linear, *head])
     found: set[str] = set()
     missing = []
     for name in wanted:
@@ -46,17 +47,15 @@ def resolve(base: Any, wanted: Sequence[str]) -> str | list[str]:
             f"Use {ALL_LINEAR!r}, the presets {' and '.join(map(repr, PRESETS))}, or names among "
             f"{', '.join(sorted({_leaf(layer) for layer in linear}))}.",
         )
-    return _shortest(found, linear)
+    return _shortest(found, [*linear, *head])
 
 
-def linear_layers(base: Any) -> list[str]:
-    """Full names of the linear layers, without the one that gives the vocabulary."""
-    head = base.get_output_embeddings()
-    return [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and name
-    ]
+def linear_layers(base: Any) -> tuple[list[str], list[str]]:
+    """Full names of the linear layers, and of the one among them that gives the vocabulary."""
+    output = base.get_output_embeddings()
+    modules = {name: it for name, it in base.named_modules() if isinstance(it, (nn.Linear, Conv1D))}
+    head = [name for name, module in modules.items() if module is output]
+    return [name for name in modules if name not in head], head
 
 
 def _lies_in(layer: str, marks: tuple[str, ...]) -> bool:
@@ -68,9 +67,9 @@ def _lies_in(layer: str, marks: tuple[str, ...]) -> bool:
     return False
 
 
-def _shortest(found: set[str], linear: Sequence[str]) -> list[str]:
+def _shortest(found: set[str], every: Sequence[str]) -> list[str]:
     """Last parts of names where they say the same (peft matches ends), full names where they would say more."""
-    left_out = {_leaf(layer) for layer in linear if layer not in found}
+    left_out = {_leaf(layer) for layer in every if layer not in found}
     return sorted({layer if _leaf(layer) in left_out else _leaf(layer) for layer in found})
 
 
