@@ -74,3 +74,51 @@ def test_sampled_divergence_converges_to_the_exact_one() -> None:
 
 def test_sampled_divergence_stays_small_on_tokens_made_unlikely() -> None:
     assert sampled_kl(torch.tensor([-200.0]), torch.tensor([-1.0])).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"scale": 0.25}, {"scale": 2.0, "softcap": 5.0}])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_trained_projection_gets_the_gradient_of_plain_autograd(
+    head: dict[str, float], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is tied: the embedding's gradient comes from the input and from the projection."""
+    monkeypatch.setattr(logps, "CHUNK_ROWS", 5)
+    hidden, labels, frozen = draws(torch.float64, **head)
+    weight = frozen.weight.clone().requires_grad_()
+    offset = torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64).requires_grad_() if bias else None
+    inputs = torch.arange(ROWS) * 3 % VOCABULARY
+    upstream = torch.linspace(-2, 3, ROWS, dtype=torch.float64)
+    leaves = [hidden, weight, *([] if offset is None else [offset])]
+
+    def plain(states: torch.Tensor) -> torch.Tensor:
+        logits = torch.nn.functional.linear(states, weight, offset) * frozen.scale
+        if frozen.softcap:
+            logits = frozen.softcap * torch.tanh(logits / frozen.softcap)
+        return logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+    found = []
+    output = Head(weight, offset, **head)
+    for compute in (plain, lambda states: token_logps(states, labels, output)):
+        values = compute(hidden * weight[inputs])  # tied: the same weight feeds what comes before
+        slopes = torch.autograd.grad((values * upstream).sum(), leaves)
+        found.append((values, *slopes))
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    assert output.is_trained
+
+
+def test_a_trained_projection_may_be_computed_in_less_than_it_is_kept_in() -> None:
+    """bfloat16 products over float32 weights: the values of frozen bfloat16 weights, a gradient in float32."""
+    hidden, labels, frozen = draws(torch.float32)
+    trained = Head(frozen.weight.clone().requires_grad_(), None, compute_dtype=torch.bfloat16)
+    values = token_logps(hidden, labels, trained)
+    coarse = Head(frozen.weight.bfloat16(), None)
+    torch.testing.assert_close(values, token_logps(hidden, labels, coarse), rtol=0, atol=0)
+    values.sum().backward()
+    assert trained.weight.grad is not None and trained.weight.grad.dtype == torch.float32
+    exact = frozen.weight.clone().requires_grad_()
+    token_logps(hidden, labels, Head(exact, None)).sum().backward()
+    assert exact.grad is not None
+    assert ((trained.weight.grad - exact.grad).norm() / exact.grad.norm()).item() < 0.02
+    with torch.no_grad():
+        torch.testing.assert_close(trained.logits(hidden), coarse.logits(hidden), rtol=0, atol=0)

@@ -16,7 +16,7 @@ from torch import nn
 from training.contract import AdapterFacts, AdapterKind, RunConfig
 from training.engine.errors import RefusedError
 from training.engine.experts import explain_dropout, split_experts
-from training.engine.starting_point import StartingPoint, base_sha256
+from training.engine.starting_point import StartingPoint, base_sha256, same_tokens
 from training.engine.target_modules import resolve
 
 POLICY, REFERENCE = "default", "reference"  # adapter names in peft
@@ -135,7 +135,7 @@ def facts(model: Any) -> AdapterFacts | None:
         kind=KINDS[settings.use_rslora, settings.use_dora],
         r=settings.r,
         lora_alpha=settings.lora_alpha,
-        target_modules=sorted(settings.target_modules or []),
+        target_modules=sorted([*(settings.target_modules or []), *(settings.target_parameters or [])]),
     )
 
 
@@ -193,7 +193,7 @@ def _check_adapter(start: StartingPoint, model_path: Path) -> None:
     reason = ""
     if start.base_sha256 and start.base_sha256 != base_sha256(model_path):
         reason = "it was trained on other weights"
-    elif start.knows_other_tokens(model_path):
+    elif not same_tokens(start.folder, model_path):
         reason = "its tokenizer has another vocabulary"
     if reason:
         raise _unfitting(reason)

@@ -37,7 +37,7 @@ from training.engine.logps import Head
 from training.engine.packed import choose_layout, tried, use_shared_prefix
 from training.engine.placement import Placement as Placement
 from training.engine.plain import CompletionStates, Layout, padded_states
-from training.engine.reference_model import ReferenceChoice, SeparateReference
+from training.engine.reference_model import ReferenceChoice, SeparateReference, other_vocabulary
 from training.engine.routing import recorded_routing
 from training.engine.sharding import divide_frozen_weights
 from training.engine.starting_point import (
@@ -87,6 +87,7 @@ class Policy:
     reference_by: Literal["base", "adapter", "model", "itself"] = "base"
     separate: SeparateReference[Policy] | None = None
     numerics: str = ""  # what else the reference's numbers depend on
+    pairs: Sequence[TokenizedPair] = ()  # that the layout has to be right for
     notes: tuple[str, ...] = ()  # for the log
     base_sha256: str = ""  # of the base's weights alone
     start_sha256: str = ""  # of what training starts from beside the base
@@ -183,19 +184,22 @@ def load_policy(config: RunConfig, placement: Placement, probe: Sequence[Tokeniz
     if start is not None and config.finetuning_type == "lora":
         policy.notes = tuple(filter(None, [inherited(config, start)]))
     if not choice.within:
+        policy.pairs = probe
         policy.separate = SeparateReference(
-            lambda: _load_reference(config, placement, choice, probe),
-            num_bytes=sum(file.stat().st_size for file in choice.model_path.glob("*.safetensors")),
+            lambda: _load_reference(config, choice, policy),
+            num_bytes=max(
+                sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()),
+                sum(file.stat().st_size for file in choice.model_path.glob("*.safetensors")),
+            ),
             num_trainable=sum(tensor.numel() for tensor in policy.trainable.values()),
         )
     _check_head(policy, base, probe[0])
     return policy
 
 
-def _load_reference(
-    config: RunConfig, placement: Placement, choice: ReferenceChoice, pairs: Sequence[TokenizedPair]
-) -> Policy:
-    """The reference as a model of its own, in the precision and the layout that the policy has too."""
+def _load_reference(config: RunConfig, choice: ReferenceChoice, policy: Policy) -> Policy:
+    """The reference as a model of its own, in the policy's precision, in a layout that is right for the same pairs."""
+    placement = policy.scorer.placement
     base = load_base(dataclasses.replace(config, model_path=str(choice.model_path)), placement)
     if config.finetuning_type == "full" or choice.start is None:
         model = whole_model(base, choice.start, choice.model_path)
@@ -203,8 +207,10 @@ def _load_reference(
         model = frozen_adapter(base, choice.start, choice.model_path)
     reference = _computing(config, placement, base, model.eval())
     reference.reference_by = "itself"
-    _check_head(reference, base, pairs[0])
-    use_fast_layout(reference, pairs)
+    if reference.head.weight.shape[0] != policy.head.weight.shape[0]:
+        raise other_vocabulary(choice.model_path.name)
+    _check_head(reference, base, policy.pairs[0])
+    use_fast_layout(reference, policy.pairs)
     return reference
 
 
@@ -234,7 +240,7 @@ def use_fast_layout(policy: Policy, pairs: Sequence[TokenizedPair]) -> str:
         expected = padded_states(decoder, tried(pairs), device)
         use_shared_prefix(base)
         layout, reason = choose_layout(decoder, pairs, device, dtype=placement.dtype, expected=expected)
-    policy.scorer.layout = layout
+    policy.scorer.layout, policy.pairs = layout, pairs
     if not reason:
         if any(len(pair.rejected) for pair in pairs):
             return "Each prompt is computed once for both of its answers."

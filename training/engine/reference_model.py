@@ -14,7 +14,8 @@ from typing import Generic, TypeVar
 import torch
 
 from training.contract import RunConfig
-from training.engine.starting_point import StartingPoint, open_starting_point
+from training.engine.errors import RefusedError
+from training.engine.starting_point import StartingPoint, open_starting_point, same_tokens
 
 Model = TypeVar("Model")
 # A parameter in training has a gradient and two moments of AdamW, in float32.
@@ -39,6 +40,8 @@ class ReferenceChoice:
         chosen = bool(config.reference_model_path or config.reference_adapter_path)
         path = Path(config.reference_model_path or own)
         same_base = path.resolve() == own.resolve()
+        if not same_tokens(path, own):
+            raise other_vocabulary(path.name)
         adapter = open_starting_point(config.reference_adapter_path) if chosen else start
         name = config.base_model_name or own.name
         sentence = f"The reference is {name if same_base else path.name}"
@@ -48,6 +51,13 @@ class ReferenceChoice:
         elif adapter is not None:
             sentence += f" with the adapter {adapter.folder.name}"
         return cls(path, adapter, not chosen, same_base and config.finetuning_type != "full", f"{sentence}.")
+
+
+def other_vocabulary(name: str) -> RefusedError:
+    return RefusedError(
+        f"The reference {name!r} has another vocabulary than the base model.",
+        "Choose a reference of the same family as the base model, or none.",
+    )
 
 
 class SeparateReference(Generic[Model]):

@@ -56,16 +56,6 @@ class StartingPoint:
         with safe_open(self.weights_path, framework="pt") as file:
             return set(file.keys())
 
-    def knows_other_tokens(self, model_path: Path) -> bool:
-        """Whether the tokenizer that lies beside it writes other ids than the base model's."""
-        mine, theirs = self.folder / TOKENIZER_FILE, model_path / TOKENIZER_FILE
-        if not (mine.is_file() and theirs.is_file()) or known_sha256(mine) == known_sha256(theirs):
-            return False
-        from tokenizers import Tokenizer
-
-        vocabularies = [Tokenizer.from_file(str(path)).get_vocab() for path in (mine, theirs)]
-        return bool(vocabularies[0] != vocabularies[1])
-
 
 def open_starting_point(path: str) -> StartingPoint | None:
     """None for "". Raises `RefusedError` where the folder is nothing to start from, or is damaged."""
@@ -106,6 +96,17 @@ def _checkpoint(folder: Path) -> StartingPoint:
     if any("lora_" in name for name in found.tensor_names()):
         raise ValueError(f"{folder.name} was written before checkpoints kept the adapter's settings.")
     return found
+
+
+def same_tokens(one: Path, other: Path) -> bool:
+    """Whether the tokenizers of two folders write the same ids, as far as both have one to look at."""
+    files = [folder / TOKENIZER_FILE for folder in (one, other)]
+    if not all(file.is_file() for file in files) or known_sha256(files[0]) == known_sha256(files[1]):
+        return True
+    from tokenizers import Tokenizer
+
+    vocabularies = [Tokenizer.from_file(str(file)).get_vocab() for file in files]
+    return bool(vocabularies[0] == vocabularies[1])
 
 
 def _base_of(folder: Path) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from training.engine.errors import RefusedError
+from training.engine.experts import expert_parameters
 
 ALL_LINEAR = "all-linear"
 # Of a layer's path one part says where it lies: `layers.3.self_attn.q_proj`, `h.0.mlp.c_fc`, `experts.7.w1`.
@@ -21,7 +22,7 @@ PRESETS = {
 }
 
 
-def resolve(base: Any, wanted: Sequence[str]) -> list[str]:
+def resolve(base: Any, wanted: Sequence[str]) -> str | list[str]:
     """What peft is told: names that all exist. Raises `RefusedError` with those that do.
 
     `wanted` holds "all-linear" alone (every linear layer but the one that gives the vocabulary), or presets
@@ -30,6 +31,8 @@ def resolve(base: Any, wanted: Sequence[str]) -> list[str]:
     """
     linear, head = linear_layers(base)
     if not wanted or list(wanted) == [ALL_LINEAR]:
+        if expert_parameters(base):
+            return ALL_LINEAR  # for peft to find the experts that it knows
         return _shortest(set(linear), [*linear, *head])
     found: set[str] = set()
     missing = []
