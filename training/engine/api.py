@@ -72,6 +72,8 @@ def evaluate(run_dir: AnyPath, *, checkpoint: str = "", data: AnyPath = "") -> E
     what training said of the same weights exactly; else within rounding. Log-probabilities in nats, `eval_kl` in
     nats per completion token: exact over the vocabulary, Kullback-Leibler divergence from policy to reference.
 
+    The watch prompts are not asked again: `generate` answers any prompt.
+
     Raises `RefusedError`: no such adapter or checkpoint, a damaged one, no pairs.
     """
     from training.engine import evaluating

@@ -95,7 +95,7 @@ def _add_evaluate(commands: Any) -> None:
         commands, "evaluate", "metrics of a run's model on its validation pairs, or on others",
         """Prints JSON and keeps it in RUN_DIR/evaluate.json: loss, rewards, accuracy, log-probabilities and the
         exact KL under the keys that training uses. On the machine that trained they equal, to the last digit, what
-        training said of the same weights.""",
+        training said of the same weights. Watch prompts are not asked again: that is generate.""",
     )  # fmt: skip
     _add_checkpoint(parser)
     parser.add_argument(
