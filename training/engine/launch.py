@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,7 @@ class Ranks:
 
     def __init__(self, arguments: Sequence[str], *, count: int, rendezvous: Path) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a question to the engine; inherited until it listens
+        self._rendezvous = rendezvous
         self._processes: list[subprocess.Popen[bytes]] = []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
@@ -127,8 +129,8 @@ class Ranks:
     def _end_with_stdin(self) -> None:
         while os.read(0, 4096):
             pass
-        for process in self._processes:
-            process.kill()
+        self.kill()
+        shutil.rmtree(self._rendezvous.parent, ignore_errors=True)
         os._exit(1)
 
 
