@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import time
@@ -58,6 +59,20 @@ def run_or_raise(run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> 
     raise understood from error
 
 
+def _import_training() -> Callable[..., Result]:
+    """With the collector off: it would look a dozen times through modules that are there to stay."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        import transformers.models.auto.modeling_auto  # noqa: F401 - the slow ones, which load_policy needs
+
+        from training.engine.training_run import train
+    finally:
+        if collecting:
+            gc.enable()
+    return train
+
+
 def _attempt(
     run_dir: Path, events: EventLog, interrupts: Interrupts
 ) -> tuple[Explanation | None, Exception | None]:
@@ -70,8 +85,7 @@ def _attempt(
         config = RunConfig.load(run_dir)
         check_config(config)
         interrupts.check()
-        from training.engine.training_run import train  # torch from here on
-
+        train = _import_training()  # torch from here on
         result = train(config, run_dir, events=events, interrupts=interrupts)
         if launch.rank() == 0:
             _write_result(run_dir, result)

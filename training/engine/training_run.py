@@ -15,6 +15,7 @@ import torch
 
 from training.contract import DataCounts, Result, RunConfig, Split
 from training.engine.activations import use_activations
+from training.engine.adapters import POLICY
 from training.engine.best_model import adopt_best, keep_best
 from training.engine.checkpoints import (
     Identity,
@@ -29,6 +30,7 @@ from training.engine.data import TokenizedPair, data_sha256, noun_of, read_pairs
 from training.engine.distributed import World
 from training.engine.errors import RefusedError
 from training.engine.events import EventLog
+from training.engine.fused import fuse
 from training.engine.interrupts import Interrupts
 from training.engine.loop import Loop, RunState
 from training.engine.objective import NO_REFERENCE, Objective
@@ -99,6 +101,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     for note in policy.notes:
         events.log(note)
     events.log(use_fast_layout(policy, [*data.train, *data.evaluation]))
+    fused = 0 if config.parallelism == "fsdp" else fuse(policy.model, POLICY)
     activations = use_activations(policy, config, data.train)
     events.log(activations.sentence)
     reference_sentence = policy.reference_sentence if objective.needs_reference else NO_REFERENCE
@@ -136,7 +139,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         interrupts=interrupts,
         identity=identity_of(config, data.train, policy),
         fingerprint=fingerprint(placement, policy.layout_name, config)
-        | {"gradient_checkpointing": str(activations.checkpointed)},
+        | {"gradient_checkpointing": str(activations.checkpointed), "fused": str(fused)},
         watch=watch,
     )
     resume(loop, config, run_dir, events)

@@ -1,0 +1,276 @@
+"""Fewer passes over memory for stock Llama-like blocks: LoRA beside its frozen layer, gated MLPs, RMS norms.
+
+Each function computes what peft and transformers compute, keeps less for the backward pass and leaves no
+temporary tensors behind. A module is taken over only when its parts are the plain ones and a trial gives the
+same; everything else stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+COARSE_TOLERANCE = 0.05  # bf16
+TRIAL_ROWS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """What a forward of one LoRA layer needs: y = x W^T + bias + scale * dropout(x) A^T B^T."""
+
+    weight: torch.Tensor  # [out, in], frozen
+    bias: torch.Tensor | None
+    scale: float
+    dropout: float  # probability, 0 outside training
+
+
+def _dropped(x: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    return x if keep is None else (x * keep).mul_(1 / (1 - dropout))
+
+
+def _draw(x: torch.Tensor, dropout: float) -> torch.Tensor | None:
+    """A byte an element: autograd's dropout would keep four, and a dropped copy of x beside them."""
+    return None if dropout == 0 else torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+
+
+def _forward(x: torch.Tensor, keep: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, lora: Lora) -> Any:
+    """x [T, in] -> y [T, out] and h = dropout(x) A^T [T, r], all in the dtype of the frozen weight."""
+    y = functional.linear(x, lora.weight, lora.bias)
+    h = _dropped(x, keep, lora.dropout) @ a.T
+    return y.addmm_(h, b.T, alpha=lora.scale), h
+
+
+def _backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    keep: torch.Tensor | None,
+    h: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    lora: Lora,
+    *,
+    wants_x: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Gradients of x [T, in], A [r, in] and B [out, r] from that of y [T, out]."""
+    inner = (gradient @ b).mul_(lora.scale)
+    grad_b = (gradient.T @ h).mul_(lora.scale)
+    grad_a = inner.T @ _dropped(x, keep, lora.dropout)
+    if not wants_x:
+        return None, grad_a, grad_b
+    grad_x = gradient @ lora.weight
+    if keep is None:
+        grad_x.addmm_(inner, a)
+    else:
+        grad_x += _dropped(inner @ a, keep, lora.dropout)
+    return grad_x, grad_a, grad_b
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Keeps x and h; peft keeps x (with dropout: a noise and a copy of it) and two products of y's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lora: Lora) -> torch.Tensor:
+        flat, low, high = _in_dtype_of(lora, x.reshape(-1, x.shape[-1]), a, b)
+        keep = _draw(flat, lora.dropout)
+        y, h = _forward(flat, keep, low, high, lora)
+        ctx.save_for_backward(flat, keep, h, a, b)
+        ctx.lora, ctx.shape, ctx.dtype = lora, x.shape, x.dtype
+        return torch.Tensor.view(y, *x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, keep, h, a, b = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        _, low, high = _in_dtype_of(ctx.lora, x, a, b)
+        grad_x, grad_a, grad_b = _backward(
+            gradient, x, keep, h, low, high, ctx.lora, wants_x=ctx.needs_input_grad[0]
+        )
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
+        return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None
+
+
+class _GatedLoraLinear(torch.autograd.Function):
+    """down(silu(gate) * up) with LoRA on down: keeps gate and up, and computes their product again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lora: Lora
+    ) -> torch.Tensor:
+        product = functional.silu(gate).mul_(up)
+        flat, low, high = _in_dtype_of(lora, product.reshape(-1, product.shape[-1]), a, b)
+        keep = _draw(flat, lora.dropout)
+        y, h = _forward(flat, keep, low, high, lora)
+        ctx.save_for_backward(gate, up, keep, h, a, b)
+        ctx.lora = lora
+        return torch.Tensor.view(y, *gate.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, keep, h, a, b = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        active = functional.silu(gate)
+        product = (active * up).reshape(-1, up.shape[-1])
+        product, low, high = _in_dtype_of(ctx.lora, product, a, b)
+        grad, grad_a, grad_b = _backward(gradient, product, keep, h, low, high, ctx.lora, wants_x=True)
+        assert grad is not None  # noqa: S101
+        grad = grad.view(gate.shape).to(gate.dtype)
+        grad_up = active.mul_(grad)
+        grad_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate)
+        return grad_gate, grad_up, grad_a.to(a.dtype), grad_b.to(b.dtype), None
+
+
+class _RmsNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4), weight frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        inverse = x.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, inverse, weight)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, inverse, weight = ctx.saved_tensors
+        scaled = gradients[0] * weight
+        along = (scaled * x).mean(-1, keepdim=True).mul_(inverse.square())
+        return scaled.addcmul_(x, along, value=-1).mul_(inverse), None, None
+
+
+def _in_dtype_of(lora: Lora, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast peft multiplies in the dtype of the frozen weight, whatever the adapter is kept in."""
+    return tuple(tensor.to(lora.weight.dtype) for tensor in tensors)
+
+
+# --- taking over modules ----------------------------------------------------------------------------------
+def fuse(model: nn.Module, adapter: str) -> int:
+    """Take over what can be; returns how many modules were. `adapter` is the one that is trained."""
+    count = 0
+    for module in model.modules():
+        count += _fuse_mlp(module, adapter) or _fuse_norm(module)
+    for module in model.modules():
+        if _is_plain_lora(module, adapter):
+            _take_over(module, _lora_forward(module, adapter))
+            count += 1
+    return count
+
+
+def _is_plain_lora(module: nn.Module, adapter: str) -> bool:
+    from peft.tuners.lora import Linear
+
+    if type(module) is not Linear or adapter not in module.lora_A or adapter in module.lora_variant:
+        return False
+    base, a, b = module.get_base_layer(), module.lora_A[adapter], module.lora_B[adapter]
+    dropout = module.lora_dropout[adapter]
+    plain = type(base) is nn.Linear and type(a) is nn.Linear and type(b) is nn.Linear
+    frozen = plain and not any(parameter.requires_grad for parameter in base.parameters())
+    return (
+        frozen and a.bias is None and b.bias is None and type(dropout) in (nn.Dropout, nn.Identity)
+        and not module.fan_in_fan_out and not module.merged
+    )  # fmt: skip
+
+
+def _settings(module: Any, adapter: str, x: torch.Tensor) -> Lora | None:
+    """None where this call is not the trained adapter's alone, or its dtypes are not what is computed here."""
+    if module.disable_adapters or module.merged or list(module.active_adapters) != [adapter]:
+        return None
+    base, dropout = module.get_base_layer(), module.lora_dropout[adapter]
+    kind = x.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if base.weight.dtype != computed or not torch.is_grad_enabled():
+        return None
+    share = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+    return Lora(base.weight, base.bias, module.scaling[adapter], share)
+
+
+def _lora_forward(module: Any, adapter: str) -> Callable[..., torch.Tensor]:
+    original = module.forward
+
+    def forward(self: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        lora = None if arguments or keywords else _settings(self, adapter, x)
+        if lora is None:
+            result: torch.Tensor = original(x, *arguments, **keywords)
+            return result
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        result = _LoraLinear.apply(x, a, b, lora)  # type: ignore[no-untyped-call]
+        return result
+
+    return forward
+
+
+def _fuse_mlp(module: Any, adapter: str) -> bool:
+    """down(silu(gate(x)) * up(x)), recognised by its parts' names and by trying."""
+    down = getattr(module, "down_proj", None)
+    parts = (getattr(module, "gate_proj", None), getattr(module, "up_proj", None), down)
+    if not all(isinstance(part, nn.Module) for part in parts) or not _is_plain_lora(down, adapter):
+        return False
+    activation = getattr(module, "act_fn", None)
+    original = module.forward
+    hidden = down.get_base_layer().out_features
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        lora = _settings(self.down_proj, adapter, gate)
+        if lora is None:
+            result: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
+            return result
+        a, b = self.down_proj.lora_A[adapter].weight, self.down_proj.lora_B[adapter].weight
+        result = _GatedLoraLinear.apply(gate, up, a, b, lora)  # type: ignore[no-untyped-call]
+        return result
+
+    if activation is None or not _same(module, original, forward, hidden):
+        return False
+    _take_over(module, forward)
+    return True
+
+
+def _fuse_norm(module: Any) -> bool:
+    """Any module that is an RMS norm by what it has and by what it gives."""
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if "RMSNorm" not in type(module).__name__ or not isinstance(weight, nn.Parameter) or weight.requires_grad:
+        return False
+    if not isinstance(epsilon, float) or weight.dtype not in TOLERANCE:
+        return False
+    original = module.forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.weight.dtype or not torch.is_grad_enabled():
+            kept: torch.Tensor = original(x)
+            return kept
+        result: torch.Tensor = _RmsNorm.apply(x, self.weight, epsilon)  # type: ignore[no-untyped-call]
+        return result
+
+    if not _same(module, original, forward, weight.shape[0]):
+        return False
+    _take_over(module, forward)
+    return True
+
+
+def _take_over(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def _same(module: nn.Module, theirs: Callable[..., Any], ours: Callable[..., Any], width: int) -> bool:
+    """Both on random rows of the width that the module takes, without dropout."""
+    weight = next(module.parameters())
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, TRIAL_ROWS, width, generator=draw).to(weight.device, weight.dtype)
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.enable_grad():
+            expected, found = theirs(x).double(), ours(module, x).double()
+    except (TypeError, RuntimeError, ValueError, AttributeError):
+        return False
+    finally:
+        module.train(was_training)
+    limit = TOLERANCE.get(weight.dtype, COARSE_TOLERANCE)
+    return bool((expected - found).norm() <= limit * expected.norm())
