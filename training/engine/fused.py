@@ -207,7 +207,7 @@ def _lora_forward(module: Any, adapter: str) -> Callable[..., torch.Tensor]:
 
 def _fuse_mlp(module: Any, adapter: str) -> bool:
     """down(silu(gate(x)) * up(x)), recognised by its parts' names and by trying."""
-    down = getattr(module, "down_proj", None)
+    down: Any = getattr(module, "down_proj", None)
     parts = (getattr(module, "gate_proj", None), getattr(module, "up_proj", None), down)
     if not all(isinstance(part, nn.Module) for part in parts) or not _is_plain_lora(down, adapter):
         return False
@@ -255,7 +255,7 @@ def _fuse_norm(module: Any) -> bool:
 
 
 def _take_over(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(forward, module)
 
 
 def _same(module: nn.Module, theirs: Callable[..., Any], ours: Callable[..., Any], width: int) -> bool:

@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from training.contract import RESULT_FILE, ExitCode, Result, RunConfig, write_atomically
