@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.engine.architectures import ARCHITECTURES
 from tests.tiny import build_tiny_model
 from training.engine import attention_kernels, pair_layout
 from training.engine.data import TokenizedPair
@@ -85,3 +87,22 @@ def test_the_layout_is_chosen_by_trying_it(model: Any, monkeypatch: pytest.Monke
     layout, reason = choose_layout(model.model, some_pairs(), CPU, dtype=torch.float64)
     assert layout is padded_states
     assert "other hidden states" in reason
+
+
+def test_a_mask_that_bites_only_beyond_the_tried_pairs_is_found(tmp_path: Path) -> None:
+    """A window that the layers do not name: the two pairs that are tried are shorter than it."""
+    from transformers import AutoModelForCausalLM
+
+    folder = ARCHITECTURES["qwen2 with windows"].build(tmp_path, sliding_window=50)
+    windowed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    use_shared_prefix(windowed)
+    short, long = some_pairs(2, longest=20), some_pairs(9, longest=60)
+    assert max(len(pair.prompt) + len(pair.chosen) for pair in long) > 50
+    for pairs in (short, [*short, *long]):
+        assert choose_layout(windowed.model, pairs, CPU, dtype=torch.float64) == (packed_states, "")
+    for layer in windowed.model.layers:
+        layer.self_attn.sliding_window = None
+    assert choose_layout(windowed.model, short, CPU, dtype=torch.float64) == (packed_states, "")
+    layout, reason = choose_layout(windowed.model, [*short, *long], CPU, dtype=torch.float64)
+    assert layout is padded_states
+    assert "its attention mask is not causal" in reason

@@ -151,8 +151,8 @@ class AttentionWatch:
             if function is None:
                 return "it makes its attention masks itself"
             if not _is_causal(function, window, longest):
-                kind = f"other than a window of {window} tokens" if window else "not causal"
-                return f"its attention mask is {kind}"
+                reach = f"the last {window} tokens" if window else "all tokens"
+                return f"its attention mask is not causal over {reach} before each, as its layers say"
         return ""
 
 
