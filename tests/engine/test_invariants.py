@@ -84,7 +84,11 @@ def test_checkpointed_activations_give_the_same_gradient(tiny_model: Path) -> No
         policy = tiny_policy(tiny_config(tiny_model, gradient_checkpointing=switch, lora_dropout=0.2))
         policy.model.train()
         torch.manual_seed(5)
+        calls: list[int] = []
+        mlp = policy.model.get_base_model().model.layers[0].mlp
+        mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         summed(policy, tiny_data(tiny_model)).sum().backward()
+        assert len(calls) == (2 if switch == "on" else 1)  # computed again, or not
         found.append(gradients(policy))
     torch.testing.assert_close(found[0], found[1])
 
