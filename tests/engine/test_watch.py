@@ -16,6 +16,7 @@ from tests.engine.conftest import NewRun, RunFolder
 from tests.engine.policies import tiny_config, tiny_policy
 from tests.tiny import build_tiny_pairs, tiny_pairs
 from training.contract import ConfigError, ExitCode
+from training.engine import watch
 from training.engine.batch_answers import answer_prompts, draw_tokens
 from training.engine.interrupts import Interrupts
 from training.engine.policy import Placement, load_tokenizer
@@ -255,6 +256,23 @@ def test_validation_prompts_are_distinct_and_chosen_by_their_digest(tiny_model: 
     path.write_text("".join(json.dumps(pair) + "\n" for pair in turned))
     assert [prompt.id for prompt in read_watch_prompts(config, tokenizer)] == first
     assert len(set(first)) == 4
+
+
+def test_short_validation_prompts_are_watched_first_and_then_the_shortest(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build_tiny_pairs(tmp_path / "eval.jsonl", 8)
+    config = tiny_config(tiny_model, eval_path=str(path), watch_prompts=8)
+    tokenizer = load_tokenizer(config)
+    lengths = {prompt.id: len(prompt.ids) for prompt in read_watch_prompts(config, tokenizer)}
+    limit = sorted(lengths.values())[3]
+    monkeypatch.setattr(watch, "PROMPT_TOKENS", limit)
+    found = [prompt.id for prompt in read_watch_prompts(config, tokenizer)]
+    short = [name for name in found if lengths[name] <= limit]
+    assert found[: len(short)] == short
+    rest = [lengths[name] for name in found[len(short) :]]
+    assert rest == sorted(rest)
+    assert set(found) == set(lengths)
 
 
 @pytest.mark.parametrize(
