@@ -192,6 +192,7 @@ class Result(TypedDict, total=False):
     last_metrics: dict[str, float | None]  # of the last evaluation and the last training step
     model_step: int  # the step of the model that is kept
     best_step: int  # of the best evaluation by metric_for_best_model; missing without validation
+    metric_for_best_model: str
     best_metric: float | None  # its value
     stopped_by: Literal["request", "early_stopping", "kl_budget"]  # missing when all steps were done
     initial_metrics: dict[str, float | None]  # evaluation before step 1

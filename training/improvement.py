@@ -1,4 +1,4 @@
-"""What a training changed on held-out pairs: metrics before the first step and after the last. Pure."""
+"""What a training changed on held-out pairs: metrics before the first step and of the model that is kept. Pure."""
 
 from __future__ import annotations
 
@@ -72,6 +72,39 @@ def changes(result: Mapping[str, Any]) -> list[MetricChange]:
         if change.before is not None or change.after is not None:
             found.append(change)
     return found
+
+
+def kept_sentence(result: Mapping[str, Any]) -> str:
+    """Which step's model is offered, where it is not simply the last."""
+    step, last, best = (result.get(key) for key in ("model_step", "step", "best_step"))
+    if best is None or step is None:
+        return ""
+    metric = result.get("metric_for_best_model")
+    value = _finite(result.get("best_metric"))
+    why = f" ({metric} {value:.4g})" if metric and value is not None else ""
+    if step != best:
+        return f"The best evaluation was at step {best}{why}; the model of step {step} is kept."
+    if step == last:
+        return f"The last evaluation, at step {step}, was the best{why}: that model is kept."
+    return f"The best evaluation was at step {step}{why}: that model is kept."
+
+
+def stopped_sentence(result: Mapping[str, Any]) -> str:
+    """Why the run ended before its last step by itself."""
+    ended = f"at step {result.get('step')} of {result.get('total_steps')}"
+    reasons = {
+        "early_stopping": f"It stopped early {ended}, because evaluations no longer improved.",
+        "kl_budget": f"It stopped {ended}, because the model had moved from its reference as far as kl_budget allows.",
+    }
+    return reasons.get(str(result.get("stopped_by")), "")
+
+
+def measured_after(result: Mapping[str, Any]) -> str:
+    """After what the second column was measured: "after step 40"."""
+    step = result.get("model_step")
+    return (
+        f"after step {step}, whose model is kept" if step and step != result.get("step") else "after the last"
+    )
 
 
 def _finite(value: object) -> float | None:

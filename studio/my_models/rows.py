@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from training.improvement import MetricChange, changes
+from training.improvement import MetricChange, changes, kept_sentence, measured_after
 from training.models import TrainedModel
 from training.monitor.charts import CHARTS, payload
 from training.monitor.feed import curves_of
@@ -34,6 +34,8 @@ def detail_context(model: TrainedModel) -> dict[str, Any]:
         "section": "models",
         "model": model,
         "changes": changes(model.result),
+        "measured_after": measured_after(model.result),
+        "kept": kept_sentence(model.result),
         "settings_rows": settings_of(model),
         "run_facts": run_facts(model),
         "lineage": lineage(model),

@@ -15,7 +15,7 @@ from django.test import Client
 from django.urls import reverse
 
 from tests.training.monitor_rows import add_events, add_log, add_point, add_points, make_model, make_task
-from training.models import TrainingTask
+from training.models import TrainedModel, TrainingTask
 from training.monitor.feed import frame_after
 from training.monitor.views.pages import PARTS
 
@@ -137,6 +137,40 @@ def test_the_figures_and_the_seq_of_the_page_belong_together(alice: Any, alice_c
     assert figures["loss"][0]["x"] == list(range(1, 13))
     assert figures["loss"][1]["y"] == [0.65]
     assert figures["kl"][1]["x"] == [12]
+
+
+def test_metrics_that_no_chart_draws_do_not_disturb_the_page(alice: Any, alice_client: Client) -> None:
+    task = make_task(alice)
+    add_points(task, 3)
+    values = {
+        "eval_loss": 0.65,
+        "eval_watch/distinct_1": 0.4,
+        "eval_kl_sampled": None,
+        "eval_not/yet known": 3.0,
+    }
+    add_point(task, 3, values, split="eval")
+    figures = {
+        item["id"]: item["figure"]["data"] for item in embedded(text_of(alice_client, task), "task-figures")
+    }
+    assert figures["loss"][1]["y"] == [0.65]
+    drawn = {trace["meta"]["key"] for traces in figures.values() for trace in traces}
+    assert not drawn & {"eval_watch/distinct_1", "eval_not/yet known"}
+
+
+def test_the_page_says_which_model_is_kept_and_why_the_run_ended(alice: Any, alice_client: Client) -> None:
+    task = make_task(alice, status="succeeded")
+    TrainedModel.objects.create(
+        owner=alice,
+        task=task,
+        name="kept",
+        result={
+            "step": 60, "total_steps": 90, "model_step": 40, "best_step": 40, "best_metric": 0.5321,
+            "metric_for_best_model": "eval_loss", "stopped_by": "early_stopping",
+        },
+    )  # fmt: skip
+    text = text_of(alice_client, task)
+    assert "The best evaluation was at step 40 (eval_loss 0.5321): that model is kept." in text
+    assert "It stopped early at step 60 of 90" in text
 
 
 def test_names_with_markup_stay_text_also_inside_the_embedded_data(alice: Any, alice_client: Client) -> None:

@@ -85,6 +85,18 @@ def test_checkpoints_go_when_nobody_continues_from_them(status: str, left: int, 
     assert list(task.checkpoints.values_list("step", flat=True)) == [10] * left
 
 
+def test_a_stopped_task_keeps_the_checkpoint_of_its_best_evaluation_too(task: TrainingTask) -> None:
+    run = finished_run(task)
+    found = unentered_result(task)
+    assert found is not None
+    trained_model_create(task, epoch=1, run_dir=run.folder, result={**found[1], "best_step": 5})
+    for step in (5, 7, 10):
+        Checkpoint.objects.create(task=task, epoch=1, step=step, path=f"e1/checkpoints/step-{step:06d}")
+    TrainingTask.objects.filter(pk=task.pk).update(status="stopped")
+    prune_checkpoints(task)
+    assert sorted(task.checkpoints.values_list("step", flat=True)) == [5, 10]
+
+
 def test_a_stopped_task_that_is_retried_at_that_very_moment_keeps_its_checkpoint(task: TrainingTask) -> None:
     Checkpoint.objects.create(task=task, epoch=1, step=10, path="e1/checkpoints/step-000010")
     TrainingTask.objects.filter(pk=task.pk).update(status="stopped")

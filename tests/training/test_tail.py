@@ -129,3 +129,17 @@ def test_a_sentence_without_a_time_is_no_event(time: Any) -> None:
     said = {"type": "log", "time": 1.0, "level": "info", "text": "hello"}
     assert parse(json.dumps(said).encode()) is not None
     assert parse(json.dumps(said | {"time": time}).encode()) is None
+
+
+def test_watch_prompts_that_were_answered_are_an_event_with_a_path_in_the_run() -> None:
+    said = {
+        "type": "watch",
+        "time": 1.0,
+        "step": 4,
+        "model": "policy",
+        "path": "watch/a.jsonl",
+        "num_prompts": 4,
+    }
+    assert parse(json.dumps(said).encode()) is not None
+    for wrong in ("/etc/passwd", "../x", None):
+        assert parse(json.dumps(said | {"path": wrong}).encode()) is None

@@ -183,6 +183,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     }
     if state.best.step:
         result["best_step"] = state.best.step
+        result["metric_for_best_model"] = config.metric_for_best_model
         result["best_metric"] = loop.stopping.value(state.best.evaluation)
     if loop.stopped_by:
         result["stopped_by"] = loop.stopped_by

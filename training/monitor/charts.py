@@ -95,7 +95,7 @@ CHARTS: tuple[Chart, ...] = (
         id="kl",
         title="KL divergence",
         caption="How far the model has moved from the reference, in nats per token of the answers. "
-        f"The validation line is exact, over the whole vocabulary, on the first {KL_PAIRS} validation pairs; "
+        f"The validation line is exact, over the whole vocabulary, on {KL_PAIRS} validation pairs at most; "
         "the training line is an estimate "
         "on training tokens.",
         good="Grows slowly and stays small. A sharp climb means that the model leaves what it knew: "

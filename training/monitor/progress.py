@@ -9,6 +9,7 @@ from statistics import median
 
 from training.contract import PHASES
 
+BETWEEN_STEPS = {"evaluating", "watching"}
 LONG_PAUSE = 10  # a step that took this many times the usual is a pause (evaluation, a restart), cut to that
 
 
@@ -60,9 +61,9 @@ class PhaseMark:
 
 
 def phase_marks(phase: str, *, finished: bool) -> list[PhaseMark]:
-    """Evaluations come between training steps, so `evaluating` counts as training here."""
-    shown = [key for key in PHASES if key != "evaluating"]
-    current = "training" if phase == "evaluating" else phase
+    """Evaluations come between training steps, so what belongs to them counts as training here."""
+    shown = [key for key in PHASES if key not in BETWEEN_STEPS]
+    current = "training" if phase in BETWEEN_STEPS else phase
     position = len(shown) if finished else (shown.index(current) if current in shown else -1)
     return [
         PhaseMark(key, PHASES[key], "done" if index < position else "now" if index == position else "ahead")

@@ -11,12 +11,12 @@ from django.utils import timezone
 
 from training import states
 from training.contract import LOG_FILE
-from training.improvement import MetricChange, changes
+from training.improvement import MetricChange, changes, kept_sentence, stopped_sentence
 from training.models import TaskEvent, TrainedModel, TrainingTask
 from training.monitor.charts import CHARTS
 from training.monitor.exports import log_tail
 from training.monitor.feed import TONES, loss_series, phase_of
-from training.monitor.progress import duration_words, percent
+from training.monitor.progress import BETWEEN_STEPS, duration_words, percent
 from training.monitor.series import Curves, Series, latest, numbers, sparkline
 from training.recipes import PARAMETERS, resolve, show
 
@@ -89,7 +89,7 @@ def seconds_run(task: TrainingTask) -> float | None:
 
 
 def _where(task: TrainingTask) -> str:
-    if task.phase in {"training", "evaluating"} and task.total_steps:
+    if task.phase in {"training", *BETWEEN_STEPS} and task.total_steps:
         return f"step {task.step}/{task.total_steps}"
     return phase_of(task)
 
@@ -111,13 +111,20 @@ class Outcome:
 
     model: TrainedModel
     changes: list[MetricChange]
+    kept: str  # which step's model it is
+    stopped: str  # why the run ended early by itself
 
 
 def outcome_of(task: TrainingTask) -> Outcome | None:
     model = TrainedModel.objects.filter(task=task).first()
     if model is None:
         return None
-    return Outcome(model=model, changes=[row for row in changes(model.result) if row.key in SHOWN_CHANGES])
+    return Outcome(
+        model=model,
+        changes=[row for row in changes(model.result) if row.key in SHOWN_CHANGES],
+        kept=kept_sentence(model.result),
+        stopped=stopped_sentence(model.result),
+    )
 
 
 def settings_of(task: TrainingTask) -> list[tuple[str, str, bool]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from huggingface_hub import ModelCardData
 
-from training.improvement import changes
+from training.improvement import changes, kept_sentence, measured_after, stopped_sentence
 from training.models import TrainedModel
 from training.recipes import PARAMETERS, show
 
@@ -91,12 +91,15 @@ def _results(model: TrainedModel) -> Iterator[str]:
     if not rows:
         yield "No validation data was held out, so nothing was measured on unseen pairs."
         return
-    yield "On held-out pairs, before the first step and after the last:"
+    yield f"On held-out pairs, before the first step and {measured_after(model.result)}:"
     yield ""
     yield "| Metric | Before | After |"
     yield "| --- | ---: | ---: |"
     for row in rows:
         yield f"| {row.label} | {row.before_text} | {row.after_text} |"
+    for sentence in (kept_sentence(model.result), stopped_sentence(model.result)):
+        if sentence:
+            yield f"\n{plain(sentence)}"
 
 
 def _data(model: TrainedModel) -> Iterator[str]:

@@ -9,7 +9,7 @@ from django.db import transaction
 from django.db.models.functions import Now
 
 from training import states
-from training.models import Run, TrainingTask
+from training.models import Run, TrainedModel, TrainingTask
 from training.services.history import Level, event_add
 from training.states import Fenced
 from training.worker.endings import LOG_ADVICE, Ending, Then
@@ -77,10 +77,16 @@ def _move(
 
 
 def prune_checkpoints(task: TrainingTask) -> None:
-    """After success nobody continues from them; a stopped task keeps its newest, to be continued one day."""
+    """After success nobody continues from them; a stopped task keeps its newest, to be continued one day, and that
+    of its best evaluation, which may stay the best.
+    """
     # Not "is it stopped?": a person may have pressed Retry since.
     succeeded = TrainingTask.objects.filter(pk=task.pk, status=Status.SUCCEEDED).exists()
     rows = list(task.checkpoints.order_by("-step", "-epoch"))
+    model = None if succeeded else TrainedModel.objects.filter(task=task).first()
+    best = model.result.get("best_step") if model else None
     for row in rows[0 if succeeded else 1 :]:
+        if row.step == best:
+            continue
         shutil.rmtree(row.folder, ignore_errors=True)
         row.delete()
