@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from training.activation_memory import ActivationPlan, plan_activations
@@ -19,6 +19,11 @@ MIB = 1024**2
 GIB = 1024**3
 
 EVALUATIONS_AIMED_AT = 10  # when the person leaves "evaluate every" to the studio
+# Names of linear layers that the preset "attention" of target_modules stands for; the others are the mlp's.
+ATTENTION_LAYERS = frozenset(
+    ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "dense", "query_key_value", "c_attn")
+)
+NF4_BYTES = 0.516  # half a byte, and doubly quantised constants of blocks of 64 (arXiv 2305.14314, section 3)
 LOGITS_ROWS = 256  # rows of the vocabulary projection that are alive at once
 RUNTIME_BYTES = {
     "cpu": 800 * MIB,
@@ -160,17 +165,31 @@ def evaluation_interval(total_steps: int, wanted: int, *, has_validation: bool) 
     return every, 1 + inner + 1
 
 
+def is_full(parameters: Mapping[str, Any]) -> bool:
+    """All weights are trained, not an adapter."""
+    return parameters.get("finetuning_type") == "full"
+
+
 def lora_parameters(shape: ModelShape, parameters: Mapping[str, Any]) -> int:
-    """rank * (in + out) over the chosen modules of all layers."""
-    chosen: Iterable[str] = parameters["target_modules"] or shape.lora_units
-    return int(parameters["lora_r"]) * sum(shape.lora_units.get(name, 0) for name in chosen)
+    """rank * (in + out) over the chosen modules of all layers; 0 with full fine-tuning."""
+    if is_full(parameters):
+        return 0
+    chosen = set(parameters["target_modules"]) or {"all-linear"}
+    units = [
+        unit
+        for name, unit in shape.lora_units.items()
+        if chosen & {"all-linear", name, "attention" if name in ATTENTION_LAYERS else "mlp"}
+    ]
+    return int(parameters["lora_r"]) * sum(units)
 
 
 def memory(shape: ModelShape, parameters: Mapping[str, Any], tokens: PairTokens, machine: Machine) -> Memory:
     """Peak of one training step.
 
     weights      parameters * 2 bytes (bf16 on a GPU) or 4 (float32 on a CPU)
-    adapter      LoRA parameters * 16: value, gradient and two AdamW moments in float32
+                 or, with nf4, half a byte and the constants of its blocks, but for the vocabulary
+    adapter      LoRA parameters * 16: value, gradient and two AdamW moments in float32. With full fine-tuning
+                 the weights are kept in float32, and this is 12 for each: gradient and moments
     activations  tokens of the fullest forward * bytes kept per token (`training.activation_memory`). A forward
                  holds batch_size pairs, or as many as the engine's token budget lets in, and one at the least
     logits       256 rows of the vocabulary * (values, gradient, softmax) * 4 bytes
@@ -189,12 +208,21 @@ def is_checkpointed(
 def _fixed(shape: ModelShape, parameters: Mapping[str, Any], machine: Machine) -> Memory:
     """Everything but the activations."""
     return Memory(
-        weights=shape.num_parameters * machine.bytes_per_weight,
-        adapter=lora_parameters(shape, parameters) * 16,
+        weights=_weight_bytes(shape, parameters, machine),
+        adapter=12 * shape.num_parameters if is_full(parameters) else 16 * lora_parameters(shape, parameters),
         activations=0,
         logits=LOGITS_ROWS * shape.vocab_size * 4 * 3,
         runtime=RUNTIME_BYTES[machine.device],
     )
+
+
+def _weight_bytes(shape: ModelShape, parameters: Mapping[str, Any], machine: Machine) -> int:
+    if is_full(parameters):
+        return 4 * shape.num_parameters
+    if parameters.get("quantization", "none") == "none":
+        return shape.num_parameters * machine.bytes_per_weight
+    vocabulary = min(shape.num_parameters, 2 * shape.vocab_size * shape.hidden_size)
+    return round(NF4_BYTES * (shape.num_parameters - vocabulary)) + vocabulary * machine.bytes_per_weight
 
 
 def _activations(
@@ -204,7 +232,7 @@ def _activations(
         shape,
         device=machine.device,
         size=machine.bytes_per_weight,
-        dropout=parameters["lora_dropout"] > 0,
+        dropout=parameters["lora_dropout"] > 0 and not is_full(parameters),
         batch_size=int(parameters["per_device_train_batch_size"]),
         longest=_longest_pair(parameters, tokens),
         fixed_bytes=_fixed(shape, parameters, machine).total,

@@ -15,6 +15,8 @@ from tests.engine.policies import tiny_config, tiny_data, tiny_policy
 from tests.engine.test_resume import LeaveAt
 from training.contract import ConfigError, ExitCode
 from training.engine import reference_model
+from training.engine.adapters import POLICY
+from training.engine.fused import fuse
 from training.engine.logps import sum_by_owner, token_logps
 from training.engine.loop import decayed
 from training.engine.objective import Objective, PairLogps
@@ -80,6 +82,7 @@ def test_the_gradient_of_all_weights_is_that_of_plain_autograd_in_float64(
     with torch.no_grad():
         for tensor in policy.trainable.values():
             tensor.add_(torch.randn(tensor.shape, generator=draw) * 0.02)
+    fuse(policy.model, POLICY)  # as a run does: what is trained must not be taken for frozen
     pairs = tiny_data(tiny_model)
     states = policy.scorer(pairs)
     tokens = token_logps(states.hidden, states.labels, policy.head)

@@ -67,6 +67,25 @@ def test_lora_parameters_of_the_starter_are_those_that_were_counted() -> None:
     assert estimates.lora_parameters(starter(), two) == 16 * 30 * ((576 + 576) + (576 + 192))
 
 
+def test_kinds_of_training_are_counted_as_the_engine_keeps_them() -> None:
+    """SmolLM2-135M: 134.5M parameters, 49,152 tokens of width 576; presets by the layers that they stand for."""
+    shape, values = starter(), recipes.resolve({})
+    count = estimates.lora_parameters
+    both = [count(shape, values | {"target_modules": [name]}) for name in ("attention", "mlp")]
+    assert both[0] == count(shape, values | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]})
+    assert sum(both) == count(shape, values | {"target_modules": ["all-linear"]}) == 4_884_480
+
+    full = estimates.memory(shape, values | {"finetuning_type": "full"}, TOKENS, H200)
+    assert (full.weights, full.adapter) == (4 * shape.num_parameters, 12 * shape.num_parameters)
+    lora = estimates.memory(shape, values, TOKENS, H200)
+    small = estimates.memory(shape, values | {"quantization": "nf4"}, TOKENS, H200)
+    assert lora.weights == 2 * shape.num_parameters
+    vocabulary = 2 * 49_152 * 576
+    assert small.weights == pytest.approx(
+        0.516 * (shape.num_parameters - vocabulary) + 2 * vocabulary, rel=1e-3
+    )
+
+
 def test_kept_activations_agree_with_saved_tensor_hooks() -> None:
     """Measured on a SmolLM2-shaped model: 17,003 values per token and layer with dropout, 10,139 without."""
     tokens = PairTokens(prompt=0, longest=256)

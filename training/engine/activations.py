@@ -32,7 +32,7 @@ def use_activations(policy: Policy, config: RunConfig, pairs: Sequence[Tokenized
             shape,
             device=kind,
             size=size,
-            dropout=config.lora_dropout > 0,
+            dropout=config.lora_dropout > 0 and config.finetuning_type == "lora",
             batch_size=config.per_device_train_batch_size,
             longest=max(tokens_of(pair, packed=packed) for pair in pairs),
             fixed_bytes=frozen + 12 * trainable + 12 * LOGITS_ROWS * shape.vocab_size + RUNTIME_BYTES[kind],
