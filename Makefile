@@ -11,13 +11,14 @@ PYVER := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])
 RUN_KEY := $(shell { cat requirements.txt requirements-starter.txt; echo $(PYVER); } | cksum | tr ' ' '-')
 DEV_KEY := $(shell { cat requirements.txt requirements-starter.txt requirements-dev.txt; echo $(PYVER); } | cksum | tr ' ' '-')
 
-.PHONY: help run test test-fast install install-dev chromium lint types contracts check format clean
+.PHONY: help run test test-fast bench install install-dev chromium lint types contracts check format clean
 
 help:
 	@echo "make run         install what is missing and start the studio"
 	@echo "make test        install what the tests need and run all of them (make test-fast: the fast part)"
 	@echo "make lint        ruff, djade  make types   mypy        make contracts   who may import whom"
 	@echo "make check       lint, types, contracts, migrations, deployment settings"
+	@echo "make bench       the benchmark against TRL: about half an hour on a quiet machine"
 	@echo "make format      let ruff and djade format code and templates"
 
 run: install
@@ -25,6 +26,9 @@ run: install
 
 test: install-dev chromium
 	@$(PY) -m pytest
+
+bench: install-dev
+	@$(PY) -m bench
 
 test-fast: install-dev
 	@$(PY) -m pytest -m "not slow"

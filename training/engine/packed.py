@@ -30,7 +30,7 @@ from training.engine.shared_attention import LayoutError, watching
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 COARSE_TOLERANCE = 0.05  # bf16
 # Tokens of the pairs that are tried. Short sides: what leaks from one into the next is near its start.
-CHECK_PROMPT, CHECK_SIDE = 96, 32
+CHECK_PROMPT, CHECK_SIDE = 32, 16
 # Position embeddings whose frequencies follow the longest row of a forward, not the row itself.
 BATCH_ROPE = {"dynamic", "longrope"}
 
