@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from training.engine.order import Order
 from training.pair_columns import PAIR_COLUMNS
 
 Rows = list[dict[str, Any]]
-SETTINGS: dict[str, Any] = {"pairs": 24, "num_train_epochs": 2, "eval_steps": 3, "save_steps": 4}
+SETTINGS: dict[str, Any] = {"pairs": 24, "num_train_epochs": 2, "eval_steps": 3, "save_steps": 2}
 
 
 def rows_of(run: RunFolder) -> dict[int, Rows]:
@@ -65,7 +66,7 @@ def test_each_file_holds_the_evaluation_and_the_training_pairs_met_since_the_las
     run = new_run(**SETTINGS, lora_dropout=0.1)
     assert run.train() == 0
     files = rows_of(run)
-    assert sorted(files) == [0, 3, 4, 6, 8, 9, 12]
+    assert sorted(files) == [0, 2, 3, 4, 6, 8, 9, 10, 12]
     order = Order(num_pairs=24, batch_size=2, accumulation=2, num_epochs=2, max_steps=0, seed=42)
     met = {
         (step, f"pair-{index:04d}") for step in range(12) for m in order.micro_batches(step) for index in m
@@ -106,15 +107,20 @@ class LeaveAt(Interrupts):
         super().check()
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_continued_run_has_the_same_rows_as_an_undisturbed_one(new_run: NewRun, elsewhere: bool) -> None:
+@pytest.mark.parametrize(("step", "elsewhere"), [(6, False), (7, True)])
+def test_a_continued_run_has_the_same_rows_as_an_undisturbed_one(
+    new_run: NewRun, step: int, elsewhere: bool
+) -> None:
     undisturbed = new_run("undisturbed", **SETTINGS)
     assert undisturbed.train() == 0
     run = new_run("interrupted", **SETTINGS)
     assert run.train(LeaveAt(run, 7)) == ExitCode.INTERRUPTED
+    if step == 6:  # as after a kill: the evaluation of step 6 is on disk, and is done again
+        shutil.rmtree(run.path / "checkpoints/step-000007")
+        assert "eval" in {row["split"] for row in rows_of(run)[6]}
     (run.path / "pairs/step-000099.parquet").write_bytes(b"later than the checkpoint")
     if elsewhere:
-        run = new_run("again", resume_from=str(run.path / "checkpoints/step-000007"), **SETTINGS)
+        run = new_run("again", resume_from=str(run.path / f"checkpoints/step-{step:06d}"), **SETTINGS)
     assert run.train() == 0
     assert 99 not in rows_of(run)
 
