@@ -81,7 +81,7 @@ def test_what_is_trained_is_what_peft_computes_from_the_files(
     assert not torch.allclose(torch.stack(expected), torch.stack(bare), atol=0.1)
 
 
-@pytest.mark.parametrize("kind", ["dora", "rslora"])
+@pytest.mark.parametrize("kind", ["dora", pytest.param("rslora", marks=pytest.mark.slow)])
 def test_a_run_of_each_kind_resumes_bit_for_bit_and_is_continued(new_run: NewRun, kind: str) -> None:
     settings = KINDS[kind] | {"max_steps": 4, "lora_dropout": 0.1, "learning_rate": 1e-2}
     undisturbed, run = new_run("undisturbed", **settings), new_run("interrupted", **settings)
@@ -152,6 +152,7 @@ def test_sft_then_dpo_then_dpo_each_from_a_checkpoint_of_the_one_before(
         before = run
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_the_adapter_of_the_same_step_are_the_same_start(
     sft_run: RunFolder, new_run: NewRun
 ) -> None:

@@ -119,6 +119,7 @@ def test_the_gradient_of_all_weights_is_that_of_plain_autograd_in_float64(
         assert ((ours - exact).norm() / exact.norm()).item() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_resumes_bit_for_bit(new_run: NewRun) -> None:
     settings = FULL | {"num_train_epochs": 2, "eval_steps": 3}
     undisturbed, run = new_run("undisturbed", **settings), new_run("interrupted", **settings)
@@ -172,6 +173,7 @@ def test_the_reference_does_not_move_with_the_policy(tiny_model: Path) -> None:
         assert not torch.allclose(summed(policy, tiny_model), before, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_chain_of_full_fine_tuning_goes_through_adapters_models_and_checkpoints(new_run: NewRun) -> None:
     """SFT of an adapter, DPO of all weights on it, DPO from that run's checkpoint, an adapter on its model."""
     sft = new_run("sft", method="sft", learning_rate=2e-2, num_train_epochs=2)
