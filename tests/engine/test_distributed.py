@@ -15,7 +15,7 @@ from tests.engine.conftest import NewRun, RunFolder, run_maker
 from tests.engine.ranks import train_on
 from tests.tiny import build_tiny_model
 from training.contract import ExitCode, verify_checkpoint
-from training.engine import loop
+from training.engine import loop, training_run
 from training.engine.distributed import World
 from training.engine.interrupts import Interrupts
 
@@ -220,11 +220,18 @@ def test_all_ranks_refuse_alike(new_run: NewRun, settings: dict[str, Any], sente
     assert sentence in run.result["error"]
 
 
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused modules round otherwise, and divided weights are never fused."""
+    monkeypatch.setattr(training_run, "fuse", lambda model, adapter: 0)
+
+
 @pytest.mark.parametrize("checkpointing", ["off", pytest.param("on", marks=pytest.mark.slow)])
-def test_divided_weights_train_what_whole_ones_train(
-    new_run: NewRun, both: RunFolder, checkpointing: str
-) -> None:
+@pytest.mark.usefixtures("unfused")
+def test_divided_weights_train_what_whole_ones_train(new_run: NewRun, checkpointing: str) -> None:
     """FSDP: each rank holds half of every layer; bit for bit what two whole models give."""
+    both = new_run("whole", **SETTINGS)
+    assert train_on(both, 2) == [0, 0]
     real = loop.Loop.run
 
     def bend(rank: int) -> None:
@@ -247,6 +254,7 @@ def test_divided_weights_train_what_whole_ones_train(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfused")
 def test_divided_weights_continue_an_adapter_and_a_checkpoint(new_run: NewRun, both: RunFolder) -> None:
     settings = SETTINGS | {"adapter_path": str(both.path / "adapter"), "gradient_accumulation_steps": 3}
     whole, divided = new_run("whole", **settings), new_run("divided", **settings, parallelism="fsdp")
@@ -284,6 +292,7 @@ def test_two_ranks_train_dora_and_all_weights_too(new_run: NewRun, settings: dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["dora", "reference"])
+@pytest.mark.usefixtures("unfused")
 def test_divided_weights_with_dora_and_with_another_reference(
     new_run: NewRun, tmp_path: Path, which: str
 ) -> None:
