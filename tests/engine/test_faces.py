@@ -31,6 +31,7 @@ from training.engine import (
     train,
 )
 from training.engine.command_line import main
+from training.engine.finished import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -477,3 +478,11 @@ def test_the_example_of_the_documentation_runs(
     )
     assert "succeeded 2 " in capsys.readouterr().out
     assert (tmp_path / "runs/first/merged/config.json").is_file()
+
+
+def test_settings_that_look_at_evaluations_do_not_stop_a_finished_run_from_being_used(
+    new_run: NewRun,
+) -> None:
+    run = new_run(eval_steps=2, early_stopping_patience=2, early_stopping_threshold=0.1, kl_budget=0.5)
+    run.write()
+    assert load_config(run.path).train_path == ""

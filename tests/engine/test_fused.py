@@ -153,11 +153,25 @@ class ShiftedRMSNorm(nn.Module):
         return scaled * (1 + self.weight)
 
 
+class GatedRMSNorm(nn.Module):
+    """As hybrid models have it: without its gate the same as any other."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if gate is None else x * nn.functional.silu(gate)
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
 def test_what_computes_otherwise_is_left_alone(tiny_model: Path) -> None:
     policy = tiny_policy(tiny_config(tiny_model), bent=False)
     layer = policy.scorer.decoder.layers[0]  # type: ignore[union-attr,index]
     gelu, shifted = Gelu(layer.mlp), ShiftedRMSNorm(layer.input_layernorm)
-    for module in (gelu, shifted):
+    with torch.no_grad():
+        layer.mlp.gate_proj.base_layer.weight.mul_(1e-3)  # near 0 a GELU looks like a SiLU
+    for module in (gelu, shifted, GatedRMSNorm(layer.input_layernorm)):
         assert fuse(copy.deepcopy(module), "nobody") == 0
     alone = nn.ModuleList([gelu])
     assert fuse(alone, POLICY) == 3, "its three linears"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,10 +13,11 @@ import pytest
 import torch
 
 from tests.engine.conftest import NewRun, RunFolder, run_maker
-from training.contract import ExitCode, file_sha256, verify_checkpoint
+from training.contract import ExitCode, RunConfig, file_sha256, verify_checkpoint
 from training.engine import checkpoints
 from training.engine.errors import explain
 from training.engine.interrupts import Interrupts
+from training.engine.training_run import FIRST_SETTINGS, NOT_IDENTITY, identity_of
 
 SETTINGS: dict[str, Any] = {"pairs": 24, "num_train_epochs": 2, "lora_dropout": 0.2, "eval_steps": 3}
 
@@ -225,3 +228,21 @@ def test_disk_full_is_known_by_text_too() -> None:
 
     error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert explain(error, None).exit_code == ExitCode.DISK_FULL
+
+
+def test_a_setting_at_its_default_is_no_part_of_what_a_checkpoint_belongs_to() -> None:
+    """Else every new setting would end the checkpoints of the tasks of before."""
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    assert names - NOT_IDENTITY >= FIRST_SETTINGS
+
+    class Weights:
+        trajectory_sha256 = "w"
+
+    def identity(**settings: Any) -> str:
+        config = RunConfig(run_id="r", model_path="m", train_path="t", **settings)
+        return identity_of(config, [], Weights()).config_sha256  # type: ignore[arg-type]
+
+    plain = {**dataclasses.asdict(RunConfig(run_id="r", model_path="m", train_path="t"))}
+    kept = {key: plain[key] for key in FIRST_SETTINGS} | {"pairs_per_step": 16}
+    assert identity() == hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    assert identity(use_dora=True) != identity() != identity(beta=0.2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2.exceptions import TemplateError
 
 from tests.engine.conftest import NewRun, RunFolder
 from tests.engine.policies import tiny_config, tiny_policy
@@ -284,3 +285,35 @@ def test_short_validation_prompts_are_watched_first_and_then_the_shortest(
 def test_settings_of_watching_are_checked(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="watch_"):
         tiny_config(Path(), **settings)
+
+
+def test_a_validation_prompt_that_the_template_refuses_is_passed_over(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tiny_model, eval_path=str(build_tiny_pairs(tmp_path / "eval.jsonl", 6)))
+    tokenizer = load_tokenizer(config)
+    first, *others = [prompt.id for prompt in read_watch_prompts(config, tokenizer)]
+    refused = next(row["prompt"] for row in tiny_pairs(6) if row["id"] == first)
+    real = tokenizer.apply_chat_template
+
+    def picky(messages: Any, **settings: Any) -> Any:
+        if messages == refused:
+            raise TemplateError("no such role")
+        return real(messages, **settings)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", picky)
+    found = [prompt.id for prompt in read_watch_prompts(config, tokenizer)]
+    assert first not in found
+    assert found[: len(others)] == others
+
+
+def test_a_model_that_cannot_generate_is_trained_without_being_watched(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_cache(*arguments: Any, **settings: Any) -> Any:
+        raise NotImplementedError("no cache of keys and values")
+
+    monkeypatch.setattr(watch, "answer_prompts", no_cache)
+    run = new_run(max_steps=1, watch_prompts=2)
+    assert run.train() == 0
+    assert "Watch prompts are not answered: this model cannot generate here" in run.texts()

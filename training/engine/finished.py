@@ -42,9 +42,15 @@ class Kept:
 
 
 def load_config(run_dir: Path) -> RunConfig:
-    """The run's settings, without its pairs, which may be gone by now, and for this one process."""
-    config = RunConfig.load(run_dir)
-    return dataclasses.replace(config, train_path="", eval_path="", resume_from="", num_devices=1)
+    """The run's settings, without its pairs, which may be gone by now, and for this one process.
+
+    What asks for evaluations during training goes with them.
+    """
+    return dataclasses.replace(
+        RunConfig.load(run_dir),
+        train_path="", eval_path="", resume_from="", num_devices=1,
+        early_stopping_patience=0, early_stopping_threshold=0.0, kl_budget=0.0,
+    )  # fmt: skip
 
 
 def find_kept(run_dir: Path, checkpoint: str) -> Kept:

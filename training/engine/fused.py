@@ -8,6 +8,7 @@ same; everything else stays as it is.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -225,7 +226,9 @@ def _fuse_mlp(module: Any, adapter: str) -> bool:
         result = _GatedLoraLinear.apply(gate, up, a, b, lora)  # type: ignore[no-untyped-call]
         return result
 
-    if activation is None or not _same(module, original, forward, hidden):
+    if activation is None or not _takes_one(module) or not _is_silu(activation):
+        return False
+    if not _same(module, original, forward, hidden):
         return False
     _take_over(module, forward)
     return True
@@ -237,7 +240,7 @@ def _fuse_norm(module: Any) -> bool:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or not isinstance(weight, nn.Parameter) or weight.requires_grad:
         return False
-    if not isinstance(epsilon, float) or weight.dtype not in TOLERANCE:
+    if not isinstance(epsilon, float) or weight.dtype not in TOLERANCE or not _takes_one(module):
         return False
     original = module.forward
 
@@ -252,6 +255,20 @@ def _fuse_norm(module: Any) -> bool:
         return False
     _take_over(module, forward)
     return True
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """x and nothing else: a gated norm takes a gate beside it."""
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    """On a line, in float32: near 0 many functions look alike."""
+    line = torch.linspace(-6, 6, 25)
+    try:
+        return bool(torch.allclose(activation(line), functional.silu(line), atol=1e-6))
+    except (TypeError, RuntimeError):
+        return False
 
 
 def _take_over(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:

@@ -57,6 +57,14 @@ NOT_IDENTITY = {
     "early_stopping_threshold", "kl_budget",
 }  # fmt: skip
 
+# Settings that were part of the identity from the start. A later one counts where it is not its default, so that
+# the checkpoints of a task outlive a new setting.
+FIRST_SETTINGS = {
+    "method", "loss_type", "beta", "label_smoothing", "num_train_epochs", "learning_rate", "lr_scheduler_type",
+    "warmup_ratio", "weight_decay", "max_grad_norm", "max_length", "seed", "max_steps", "lora_r", "lora_alpha",
+    "lora_dropout", "target_modules",
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -292,7 +300,12 @@ def prepare_split(
 
 
 def identity_of(config: RunConfig, pairs: list[TokenizedPair], policy: Policy) -> Identity:
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
+    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    settings = {
+        key: value
+        for key, value in dataclasses.asdict(config).items()
+        if key not in NOT_IDENTITY and (key in FIRST_SETTINGS or value != defaults[key])
+    }
     settings["pairs_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps
     text = json.dumps(settings, sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest(), data_sha256(pairs), policy.trajectory_sha256)

@@ -81,7 +81,10 @@ def _of_validation(config: RunConfig, tokenizer: Any) -> Iterator[WatchPrompt]:
     distinct_prompts = {_digest(pair["prompt"]): pair for pair in reversed(pairs)}
     longer = []
     for number, (_, pair) in enumerate(sorted(distinct_prompts.items())):
-        prompt = _tokenized(pair, tokenizer)
+        try:
+            prompt = _tokenized(pair, tokenizer)
+        except RefusedError:  # counted and said where the pairs are read
+            continue
         if len(prompt.ids) <= min(PROMPT_TOKENS, config.max_length):
             yield prompt
         elif number < FIRST_PROMPTS and len(prompt.ids) <= config.max_length:
@@ -123,6 +126,15 @@ def prepare_watch(
     if policy.scorer.placement.world.lockstep:
         events.log("Watch prompts are not answered while the model is divided between devices.", "warning")
         return None
+    longest = context_length(policy.model) - 1
+    prompts = [prompt for prompt in prompts if len(prompt.ids) <= longest]
+    if not prompts:
+        events.log("No watch prompt leaves room for an answer in this model's context.", "warning")
+        return None
+    reason = _cannot_answer(policy, prompts[0], eos_tokens(policy.model, tokenizer))
+    if reason:
+        events.log(f"Watch prompts are not answered: this model cannot generate here ({reason}).", "warning")
+        return None
     return Watch(
         prompts,
         config=config,
@@ -132,6 +144,19 @@ def prepare_watch(
         events=events,
         with_reference=with_reference,
     )
+
+
+def _cannot_answer(policy: Policy, prompt: WatchPrompt, eos: frozenset[int]) -> str:
+    """Why generating fails with this model, by trying two tokens; training must not end for that."""
+    try:
+        with policy.inference():
+            answer_prompts(
+                policy.scorer.decoder, policy.head, [prompt.ids],
+                placement=policy.scorer.placement, seeds=[0], eos=eos, temperature=1.0, max_new_tokens=2,
+            )  # fmt: skip
+    except (TypeError, ValueError, NotImplementedError, IndexError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 class Watch:
