@@ -6,7 +6,6 @@ The process is its own measure: what the import of libraries costs is part of it
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -49,8 +48,9 @@ def run(who: str, model: Path, settings: dict[str, object]) -> None:
 
 
 def peak_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    from training.engine.outputs import resident_peak_bytes
+
+    return resident_peak_bytes() / 2**20
 
 
 if __name__ == "__main__":

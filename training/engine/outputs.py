@@ -158,5 +158,15 @@ def fingerprint(placement: Placement, layout: str, config: RunConfig) -> dict[st
 def peak_memory_bytes(placement: Placement) -> int:
     if placement.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(placement.device))
+    return resident_peak_bytes()
+
+
+def resident_peak_bytes() -> int:
+    """Of this program alone: Linux hands a parent's `ru_maxrss` on to what it starts."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
