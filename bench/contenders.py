@@ -6,7 +6,6 @@ Both get the same base weights, the same first adapter, the same pairs and the s
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import logging
 import warnings
@@ -53,14 +52,7 @@ class Ours:
         fuse(self.policy.model, POLICY)
         use_activations(self.policy, config, self.pairs)
         reference = score_reference(self.policy, self.pairs, folder / "reference", progress=lambda *_: None)
-        order = Order(
-            num_pairs=len(pairs),
-            batch_size=config.per_device_train_batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            num_epochs=1,
-            max_steps=0,
-            seed=config.seed,
-        )
+        order = Order.of(config, len(pairs))
         if order.total_steps < steps:
             raise ValueError(f"{len(pairs)} pairs are too few for {steps} steps")
         self.loop = Loop(
@@ -165,7 +157,3 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
-
-
-def with_batch(config: RunConfig, batch_size: int) -> RunConfig:
-    return dataclasses.replace(config, per_device_train_batch_size=batch_size)

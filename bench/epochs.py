@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,7 @@ def our_run(
     from training.engine import train
 
     folder.mkdir()
-    path = folder / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = written(rows, folder)
     config = run_config(
         model,
         train_path=str(path),
@@ -60,14 +61,10 @@ def our_run(
 
 def startup_seconds(model: Path, rows: list[dict[str, Any]], folder: Path) -> tuple[float, float]:
     """A fresh process with the reference in its cache: seconds until the first step begins, and until it is done."""
-    import subprocess
-    import sys
-
     from training.contract import CONFIG_FILE, EVENTS_FILE
 
     folder.mkdir(parents=True)
-    path = folder / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = written(rows, folder)
     times: tuple[float, float] = (0.0, 0.0)
     for attempt in ("cold", "warm"):
         run_dir = folder / attempt
@@ -87,3 +84,10 @@ def startup_seconds(model: Path, rows: list[dict[str, Any]], folder: Path) -> tu
         done = next(e["time"] for e in events if e["type"] == "metrics" and e["split"] == "train")
         times = (begins - began, done - began)
     return times
+
+
+def written(rows: list[dict[str, Any]], folder: Path) -> Path:
+    """The pairs as the engine reads them, one a line."""
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
