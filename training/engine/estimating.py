@@ -67,14 +67,7 @@ def estimate(config: RunConfig) -> RunEstimate:
     make_quiet_and_deterministic()
     placement = Placement.choose(config)
     data = prepare_data(config, load_tokenizer(config), LoggedEvents())
-    order = Order(
-        num_pairs=len(data.train),
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        num_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        seed=config.seed,
-    )
+    order = Order.of(config, len(data.train))
     shape, machine = shape_of_folder(Path(config.model_path)), this_machine(placement.device)
     # The estimates know one length: that of a side.
     parameters = dataclasses.asdict(config) | {"max_length": config.side_length}

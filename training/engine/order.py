@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from training.contract import RunConfig
+
 
 def mixed_seed(*parts: int | str) -> int:
     """An independent 63-bit seed for each tuple of parts."""
@@ -28,6 +30,17 @@ class Order:
     num_epochs: float
     max_steps: int
     seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig, num_pairs: int) -> Order:
+        return cls(
+            num_pairs=num_pairs,
+            batch_size=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            num_epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+            seed=config.seed,
+        )
 
     @property
     def pairs_per_step(self) -> int:

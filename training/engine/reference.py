@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from training.engine.data import TokenizedPair, length_sorted_batches
 from training.engine.events import EventLog
 from training.engine.logps import token_logps
 from training.engine.policy import Placement, Policy
-from training.reference_cache import SHARD, TEMPORARY, evict
+from training.engine.step_files import write_durably
+from training.reference_cache import SHARD, evict
 
 FORMAT = 1  # raise it when the numbers in a shard would change
 SHARD_PAIRS = 512
@@ -122,16 +122,7 @@ class ReferenceLogps:
             }
         )
         path = self._folder / f"{hashlib.sha256(content).hexdigest()}{SHARD}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f".{uuid.uuid4().hex}{TEMPORARY}"
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_durably(path, content)
         self.used.add(path)
         self._unsaved.clear()
         self._written = time.monotonic()

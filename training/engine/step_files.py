@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from training.contract import PAIRS_DIR, WATCH_DIR, checkpoint_name
 from training.engine.checkpoints import link_or_copy
+from training.reference_cache import TEMPORARY
 
 
 def step_path(folder: Path, step: int, suffix: str) -> Path:
@@ -15,9 +17,12 @@ def step_path(folder: Path, step: int, suffix: str) -> Path:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Beside, flushed, renamed; the folder is made when it is not there."""
+    """Beside, flushed, renamed; the folder is made when it is not there.
+
+    The name beside is nobody else's: other runs may write the same file into a shared folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -93,14 +93,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     tokenizer = load_tokenizer(config)
     data = prepare_data(config, tokenizer, events)
     prompts = read_watch_prompts(config, tokenizer)
-    order = Order(
-        num_pairs=len(data.train),
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        num_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        seed=config.seed,
-    )
+    order = Order.of(config, len(data.train))
     world.together(interrupts.check)
     say_idle_devices(config, world, events)
 
