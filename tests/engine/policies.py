@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.tiny import tiny_pairs
 from training.contract import RunConfig
 from training.engine.activations import use_activations
 from training.engine.data import TokenizedPair, tokenize_pairs
+from training.engine.logps import sum_by_owner, token_logps
 from training.engine.policy import Placement, Policy, load_policy, load_tokenizer, use_fast_layout
 
 
@@ -48,6 +50,12 @@ def bend(policy: Policy, seed: int = 7) -> None:
         for name, tensor in policy.trainable.items():
             if "lora_B" in name:
                 tensor.copy_(torch.randn(tensor.shape, generator=draw) * 0.05)
+
+
+def summed(policy: Policy, pairs: Sequence[TokenizedPair]) -> torch.Tensor:
+    """Log-probability of each completion [2 * B], with gradient where there is one."""
+    states = policy.scorer(pairs)
+    return sum_by_owner(token_logps(states.hidden, states.labels, policy.head), states.owner, 2 * len(pairs))
 
 
 def gradients(policy: Policy) -> torch.Tensor:

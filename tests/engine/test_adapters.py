@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,14 +12,14 @@ import pytest
 import torch
 
 from tests.engine.conftest import NewRun, RunFolder, run_maker
-from tests.engine.policies import bend, tiny_config, tiny_data, tiny_policy
-from tests.engine.test_resume import LeaveAt
+from tests.engine.interruptions import LeaveAt
+from tests.engine.policies import bend, summed, tiny_config, tiny_data, tiny_policy
+from tests.engine.starts import assert_starts_at_ln_2
 from tests.tiny import build_tiny_model
 from training.contract import ExitCode
 from training.engine.adapters import new_adapter
-from training.engine.logps import sum_by_owner, token_logps
 from training.engine.outputs import save_adapter
-from training.engine.policy import Policy, load_tokenizer
+from training.engine.policy import load_tokenizer
 from training.engine.target_modules import resolve
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,19 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "rslora+dora": {"use_dora": True, "use_rslora": True},
 }
-
-
-def summed(policy: Policy, model: Path) -> torch.Tensor:
-    pairs = tiny_data(model)
-    states = policy.scorer(pairs)
-    return sum_by_owner(token_logps(states.hidden, states.labels, policy.head), states.owner, 2 * len(pairs))
-
-
-def assert_starts_at_ln_2(run: RunFolder) -> None:
-    start = run.points("eval")[0]
-    assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert start["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
-    assert start["eval_kl"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,9 +61,13 @@ def test_what_is_trained_is_what_peft_computes_from_the_files(
                             logits = model(ids).logits
                     values.append(logits[0].double().log_softmax(-1)[rows, labels].sum())
     with policy.inference():
-        torch.testing.assert_close(summed(policy, tiny_model), torch.stack(expected), rtol=1e-6, atol=5e-5)
+        torch.testing.assert_close(
+            summed(policy, tiny_data(tiny_model)), torch.stack(expected), rtol=1e-6, atol=5e-5
+        )
     with policy.reference():
-        torch.testing.assert_close(summed(policy, tiny_model), torch.stack(bare), rtol=1e-6, atol=5e-5)
+        torch.testing.assert_close(
+            summed(policy, tiny_data(tiny_model)), torch.stack(bare), rtol=1e-6, atol=5e-5
+        )
     assert not torch.allclose(torch.stack(expected), torch.stack(bare), atol=0.1)
 
 

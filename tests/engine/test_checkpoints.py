@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from tests.engine.conftest import NewRun
+from tests.engine.interruptions import LeaveAt
 from tests.engine.ranks import train_on
 from training.contract import CHECKPOINT_FILES, MANIFEST_FILE, ExitCode, verify_checkpoint
 from training.engine.checkpoints import Identity, clean_leftovers, find_checkpoint, save_checkpoint
 from training.engine.errors import explain
-from training.engine.interrupts import Interrupts
 
 FILES = (*CHECKPOINT_FILES, MANIFEST_FILE)
 OURS = Identity("c", "d", "w")
@@ -177,20 +177,11 @@ def test_a_failed_save_puts_back_what_it_replaces(tmp_path: Path, monkeypatch: p
 SETTINGS: dict[str, Any] = {"pairs": 24, "num_train_epochs": 2, "eval_steps": 3, "save_steps": 2}
 
 
-def leave_at(run: Any, step: int) -> Interrupts:
-    class LeaveAt(Interrupts):
-        def check(self) -> None:
-            self.terminated = step in run.points("train")
-            super().check()
-
-    return LeaveAt(run.path)
-
-
 def test_a_limit_on_file_sizes_ends_with_44_and_the_run_goes_on_when_it_is_gone(new_run: NewRun) -> None:
     """A real one: the kernel refuses the optimizer's file in the middle."""
     run, undisturbed = new_run("run", **SETTINGS), new_run("undisturbed", **SETTINGS)
     assert undisturbed.train() == 0
-    assert run.train(leave_at(run, 3)) == ExitCode.INTERRUPTED
+    assert run.train(LeaveAt(run, 3)) == ExitCode.INTERRUPTED
     sizes = {path.name: path.stat().st_size for path in (run.path / "checkpoints/step-000003").iterdir()}
     limit = (sizes["adapter.safetensors"] + sizes["optimizer.safetensors"]) // 2
 
@@ -231,7 +222,7 @@ def test_a_really_full_disk_ends_with_44_and_the_best_checkpoint_is_usable(
     (small_disk / "run").mkdir()
     run.path = small_disk / "run"
     run.write()
-    assert run.train(leave_at(run, 4)) == ExitCode.INTERRUPTED
+    assert run.train(LeaveAt(run, 4)) == ExitCode.INTERRUPTED
     filler = small_disk / "filler"
     room = shutil.disk_usage(small_disk).free
     filler.write_bytes(bytes(room - 60_000))  # the log still has some room, a checkpoint has not

@@ -6,42 +6,25 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.conftest import NewRun
+from tests.engine.pairs import message, pair
 from tests.engine.policies import tiny_config
 from tests.tiny import tiny_pairs
 from training.contract import ConfigError, ExitCode, RunConfig
 from training.engine.cutting import PROMPT_SHARE, CutRule
 from training.engine.data import TokenizedPair, cut_pair, tokenize_pairs
-from training.engine.policy import load_tokenizer
 
 MODES = ("keep_end", "keep_start", "drop")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    return load_tokenizer(tiny_config(tiny_model))
-
-
-def pair(prompt: int, chosen: int, rejected: int) -> TokenizedPair:
-    def ids(start: int, count: int) -> Any:
-        return np.arange(start, start + count, dtype=np.int32)
-
-    return TokenizedPair("p", ids(0, prompt), ids(1000, chosen), ids(2000, rejected))
 
 
 def cut(whole: TokenizedPair, max_length: int, bos: int | None = None, **rule: Any) -> TokenizedPair:
     result = cut_pair(whole, max_length=max_length, rule=CutRule(**rule), bos=bos)
     assert result is not None
     return result
-
-
-def message(text: str, role: str = "assistant") -> dict[str, str]:
-    return {"role": role, "content": text}
 
 
 def sizes(found: TokenizedPair) -> tuple[int, int, int]:

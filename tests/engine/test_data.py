@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.engine.pairs import message, pair
 from tests.engine.policies import tiny_config
 from tests.tiny import build_tiny_model, tiny_pairs
 from training.engine.data import (
@@ -21,22 +22,6 @@ from training.engine.data import (
 )
 from training.engine.errors import RefusedError
 from training.engine.policy import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    return load_tokenizer(tiny_config(tiny_model))
-
-
-def pair(prompt: int, chosen: int, rejected: int) -> TokenizedPair:
-    def ids(start: int, count: int) -> Any:
-        return np.arange(start, start + count, dtype=np.int32)
-
-    return TokenizedPair("p", ids(0, prompt), ids(1000, chosen), ids(2000, rejected))
-
-
-def message(text: str, role: str = "assistant") -> dict[str, str]:
-    return {"role": role, "content": text}
 
 
 def test_completions_are_what_the_template_adds(tokenizer: Any) -> None:

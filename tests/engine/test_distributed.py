@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine.conftest import NewRun, RunFolder, run_maker
+from tests.engine.interruptions import LeaveAt, StopAt
 from tests.engine.ranks import train_on
 from tests.tiny import build_tiny_model
 from training.contract import ExitCode, verify_checkpoint
 from training.engine import loop, training_run
 from training.engine.distributed import World
-from training.engine.interrupts import Interrupts
 
 # 21 pairs in steps of 8: the last step of an epoch has 5 pairs in 3 micro-batches, 2 for one rank, 1 for the other.
 SETTINGS: dict[str, Any] = {
@@ -106,14 +106,8 @@ def test_a_rank_that_leaves_takes_the_other_along_and_both_resume(
     new_run: NewRun, both: RunFolder, alone: RunFolder, size: int
 ) -> None:
     """SIGTERM reaches rank 1 alone. Resumed on two devices every bit is the same; on one it is as near."""
-
-    class LeaveAt(Interrupts):
-        def check(self) -> None:
-            self.terminated = 4 in run.points("train")
-            super().check()
-
     run = new_run(**SETTINGS)
-    codes = train_on(run, 2, as_rank=lambda rank: LeaveAt(run.path) if rank == 1 else None)
+    codes = train_on(run, 2, as_rank=lambda rank: LeaveAt(run, 4) if rank == 1 else None)
     assert codes == [ExitCode.INTERRUPTED] * 2
     assert run.result["status"] == "interrupted"
     assert max(run.points("train")) == verify_checkpoint(run.path / "checkpoints/step-000004") == 4
@@ -129,13 +123,8 @@ def test_a_rank_that_leaves_takes_the_other_along_and_both_resume(
 
 
 def test_the_stop_file_ends_both_at_the_same_step(new_run: NewRun) -> None:
-    class StopAt(Interrupts):
-        @property
-        def stop_requested(self) -> bool:
-            return 2 in run.points("train")
-
     run = new_run(**SETTINGS)
-    assert train_on(run, 2, as_rank=lambda rank: StopAt(run.path) if rank == 1 else None) == [0, 0]
+    assert train_on(run, 2, as_rank=lambda rank: StopAt(run, 2) if rank == 1 else None) == [0, 0]
     assert (run.result["status"], run.result["step"]) == ("stopped", 2)
     assert (run.path / "adapter/adapter_model.safetensors").is_file()
 
@@ -259,13 +248,7 @@ def test_divided_weights_continue_an_adapter_and_a_checkpoint(new_run: NewRun, b
     settings = SETTINGS | {"adapter_path": str(both.path / "adapter"), "gradient_accumulation_steps": 3}
     whole, divided = new_run("whole", **settings), new_run("divided", **settings, parallelism="fsdp")
     assert train_on(whole, 2) == [0, 0]
-
-    class LeaveAt(Interrupts):
-        def check(self) -> None:
-            self.terminated = 3 in divided.points("train")
-            super().check()
-
-    codes = train_on(divided, 2, as_rank=lambda rank: LeaveAt(divided.path))
+    codes = train_on(divided, 2, as_rank=lambda rank: LeaveAt(divided, 3))
     assert codes == [ExitCode.INTERRUPTED] * 2
     assert train_on(divided, 2) == [0, 0]
     assert divided.points("eval")[0]["eval_loss"] == pytest.approx(0.6931471805599453, abs=1e-6)

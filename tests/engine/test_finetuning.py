@@ -10,32 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.conftest import NewRun, RunFolder
-from tests.engine.policies import tiny_config, tiny_data, tiny_policy
-from tests.engine.test_resume import LeaveAt
+from tests.engine.conftest import NewRun
+from tests.engine.interruptions import LeaveAt
+from tests.engine.policies import summed, tiny_config, tiny_data, tiny_policy
+from tests.engine.starts import assert_starts_at_ln_2
 from training.contract import ConfigError, ExitCode
 from training.engine import reference_model
 from training.engine.adapters import POLICY
 from training.engine.fused import fuse
-from training.engine.logps import sum_by_owner, token_logps
+from training.engine.logps import token_logps
 from training.engine.loop import decayed
 from training.engine.objective import Objective, PairLogps
-from training.engine.policy import Policy
 
 FULL: dict[str, Any] = {"finetuning_type": "full", "learning_rate": 1e-3}
-
-
-def summed(policy: Policy, model: Path) -> torch.Tensor:
-    pairs = tiny_data(model)
-    states = policy.scorer(pairs)
-    return sum_by_owner(token_logps(states.hidden, states.labels, policy.head), states.owner, 2 * len(pairs))
-
-
-def assert_starts_at_ln_2(run: RunFolder) -> None:
-    start = run.points("eval")[0]
-    assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert start["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
-    assert start["eval_kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_full_fine_tuning_leaves_a_model_that_transformers_loads(new_run: NewRun, tiny_model: Path) -> None:
@@ -160,17 +147,17 @@ def test_a_reference_that_gave_up_its_memory_gives_the_same_numbers(
 def test_the_reference_does_not_move_with_the_policy(tiny_model: Path) -> None:
     policy = tiny_policy(tiny_config(tiny_model, lora_dropout=0.05, **FULL), bent=False)
     with policy.reference():
-        before = summed(policy, tiny_model)
+        before = summed(policy, tiny_data(tiny_model))
     own = policy.model
     with torch.no_grad():
         for tensor in policy.trainable.values():
             tensor.mul_(1.05)
     with policy.reference():
         assert policy.model is not own
-        torch.testing.assert_close(summed(policy, tiny_model), before, rtol=0, atol=0)
+        torch.testing.assert_close(summed(policy, tiny_data(tiny_model)), before, rtol=0, atol=0)
     assert policy.model is own
     with policy.inference():
-        assert not torch.allclose(summed(policy, tiny_model), before, atol=0.1)
+        assert not torch.allclose(summed(policy, tiny_data(tiny_model)), before, atol=0.1)
 
 
 @pytest.mark.slow

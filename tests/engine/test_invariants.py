@@ -10,20 +10,14 @@ import pytest
 import torch
 
 from tests.engine.conftest import NewRun
-from tests.engine.policies import bend, gradients, tiny_config, tiny_data, tiny_policy
+from tests.engine.policies import bend, gradients, summed, tiny_config, tiny_data, tiny_policy
 from training.engine import loop
 from training.engine.data import TokenizedPair
-from training.engine.logps import sum_by_owner, token_logps
 from training.engine.order import Order
 from training.engine.plain import padded_states
 from training.engine.policy import Policy
 
 CPU = torch.device("cpu")
-
-
-def summed(policy: Policy, pairs: list[TokenizedPair]) -> torch.Tensor:
-    states = policy.scorer(pairs)
-    return sum_by_owner(token_logps(states.hidden, states.labels, policy.head), states.owner, 2 * len(pairs))
 
 
 def naive_logps(policy: Policy, pair: TokenizedPair) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import NewRun, RunFolder
-from tests.engine.test_resume import LeaveAt
+from tests.engine.interruptions import LeaveAt
 from tests.tiny import tiny_pairs
 from training.contract import ExitCode, Metric
 from training.engine import loop, objective, reference

@@ -11,10 +11,10 @@ import pytest
 from pyarrow import parquet
 
 from tests.engine.conftest import NewRun, RunFolder
+from tests.engine.interruptions import LeaveAt
 from tests.engine.policies import tiny_config, tiny_data, tiny_policy
 from tests.tiny import build_tiny_model
 from training.contract import ExitCode
-from training.engine.interrupts import Interrupts
 from training.engine.logps import sum_by_owner, token_logps
 from training.engine.order import Order
 from training.pair_columns import PAIR_COLUMNS
@@ -95,16 +95,6 @@ def test_each_file_holds_the_evaluation_and_the_training_pairs_met_since_the_las
             point["rewards/margins"], abs=1e-9
         )
         assert sum(row["loss"] for row in mine) / len(mine) == pytest.approx(point["loss"], abs=1e-9)
-
-
-class LeaveAt(Interrupts):
-    def __init__(self, run: RunFolder, step: int) -> None:
-        super().__init__(run.path)
-        self._run, self._step = run, step
-
-    def check(self) -> None:
-        self.terminated = self._step in self._run.points("train")
-        super().check()
 
 
 @pytest.mark.parametrize(("step", "elsewhere"), [(6, False), (7, True)])

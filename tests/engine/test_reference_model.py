@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.engine.conftest import NewRun, RunFolder, run_maker
+from tests.engine.interruptions import LeaveAt
 from tests.engine.policies import tiny_data
-from tests.engine.test_resume import LeaveAt
 from tests.tiny import build_tiny_model
 from training.contract import ConfigError, ExitCode
 

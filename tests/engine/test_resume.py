@@ -13,25 +13,13 @@ import pytest
 import torch
 
 from tests.engine.conftest import NewRun, RunFolder, run_maker
+from tests.engine.interruptions import LeaveAt
 from training.contract import ExitCode, RunConfig, file_sha256, verify_checkpoint
 from training.engine import checkpoints
 from training.engine.errors import explain
-from training.engine.interrupts import Interrupts
 from training.engine.training_run import FIRST_SETTINGS, NOT_IDENTITY, identity_of
 
 SETTINGS: dict[str, Any] = {"pairs": 24, "num_train_epochs": 2, "lora_dropout": 0.2, "eval_steps": 3}
-
-
-class LeaveAt(Interrupts):
-    """SIGTERM as seen by the loop, after `step` steps."""
-
-    def __init__(self, run: RunFolder, step: int) -> None:
-        super().__init__(run.path)
-        self._run, self._step = run, step
-
-    def check(self) -> None:
-        self.terminated = self._step in self._run.points("train")
-        super().check()
 
 
 def checkpoint_steps(run: RunFolder) -> list[int]:

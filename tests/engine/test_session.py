@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import NewRun, RunFolder
+from tests.engine.interruptions import StopAt
 from tests.tiny import build_tiny_model
 from training.contract import EVAL_PREFIX, PHASES, ExitCode, Metric
 from training.engine.errors import explain
-from training.engine.interrupts import Interrupts
 from training.engine.loop import Loop
 
 
@@ -63,13 +63,8 @@ def test_phases_come_in_the_order_of_the_contract(new_run: NewRun) -> None:
 
 
 def test_the_stop_file_ends_after_the_step_with_an_evaluation_and_a_model(new_run: NewRun) -> None:
-    class StopAtThree(Interrupts):
-        @property
-        def stop_requested(self) -> bool:
-            return 3 in run.points("train")
-
     run = new_run(num_train_epochs=5)
-    assert run.train(StopAtThree(run.path)) == 0
+    assert run.train(StopAt(run, 3)) == 0
     assert (run.result["status"], run.result["step"]) == ("stopped", 3)
     assert list(run.points("eval")) == [0, 3]
     assert (run.path / "adapter/adapter_model.safetensors").is_file()

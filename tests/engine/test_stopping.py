@@ -10,9 +10,11 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.engine.conftest import NewRun, RunFolder
+from tests.engine.interruptions import LeaveAt
 from tests.engine.policies import tiny_config
 from training.contract import ConfigError, ExitCode, RunConfig, verify_checkpoint
 from training.engine import loop
+from training.engine.errors import CRASH
 from training.engine.evaluation import Evaluator
 from training.engine.interrupts import Interrupts
 from training.engine.stopping import Best, Stopping
@@ -229,18 +231,6 @@ def test_without_validation_the_last_model_is_offered(new_run: NewRun) -> None:
     assert "best_step" not in run.result
 
 
-class LeaveAt(Interrupts):
-    """SIGTERM after `step` steps; `after_evaluation`: only when that step's evaluation is done."""
-
-    def __init__(self, run: RunFolder, step: int, *, after_evaluation: bool) -> None:
-        super().__init__(run.path)
-        self._run, self._step, self._split = run, step, "eval" if after_evaluation else "train"
-
-    def check(self) -> None:
-        self.terminated = self._step in self._run.points(self._split)
-        super().check()
-
-
 @pytest.mark.parametrize(
     ("step", "after", "elsewhere"), [(6, False, True), (6, True, False), (8, False, True), (9, True, False)]
 )
@@ -253,7 +243,7 @@ def test_the_best_survives_an_interruption(
     assert undisturbed.train() == 0
     assert undisturbed.result["model_step"] == 6
     run = new_run("interrupted", **settings)
-    assert run.train(LeaveAt(run, step, after_evaluation=after)) == ExitCode.INTERRUPTED
+    assert run.train(LeaveAt(run, step, split="eval" if after else "train")) == ExitCode.INTERRUPTED
     if elsewhere:
         newest = run.path / f"checkpoints/step-{step:06d}"
         run = new_run("again", resume_from=str(newest), **settings)
@@ -262,6 +252,27 @@ def test_the_best_survives_an_interruption(
         assert run.result[key] == undisturbed.result[key], key
     assert run.result["metrics"]["eval_logps/chosen"] == undisturbed.result["metrics"]["eval_logps/chosen"]
     assert 6 in steps_on_disk(run)
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on_from_the_newest_not_from_the_best_it_took_along(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, BEST_AT_6)
+    first = new_run("first", **SETTINGS)
+    assert first.train(LeaveAt(first, 8)) == ExitCode.INTERRUPTED
+    again = new_run("again", resume_from=str(first.path / "checkpoints/step-000008"), **SETTINGS)
+
+    class Kill(Interrupts):
+        def check(self) -> None:
+            if "Continued from the checkpoint of step 8." in again.texts():
+                raise RuntimeError("killed")
+
+    assert again.train(Kill(again.path)) == CRASH
+    assert steps_on_disk(again) == [6]
+    assert again.train() == 0
+    assert "Continued from the checkpoint of step 6." not in again.texts()
+    assert min(again.points("train")) == 9
+    assert again.result["model_step"] == 6
 
 
 def test_a_best_checkpoint_that_is_damaged_is_said_and_the_last_model_is_kept(

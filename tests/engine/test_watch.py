@@ -14,6 +14,7 @@ import torch
 from jinja2.exceptions import TemplateError
 
 from tests.engine.conftest import NewRun, RunFolder
+from tests.engine.interruptions import LeaveAt
 from tests.engine.policies import tiny_config, tiny_policy
 from tests.tiny import build_tiny_pairs, tiny_pairs
 from training.contract import ConfigError, ExitCode
@@ -161,16 +162,6 @@ def test_a_run_watches_at_every_evaluation(new_run: NewRun) -> None:
     assert point["eval_watch/length"] == pytest.approx(sum(line["num_tokens"] for line in last) / 3)
     assert 0 < point["eval_watch/distinct_1"] <= 1
     assert run.result["metrics"]["eval_watch/refusals"] == 0.0
-
-
-class LeaveAt(Interrupts):
-    def __init__(self, run: RunFolder, step: int) -> None:
-        super().__init__(run.path)
-        self._run, self._step = run, step
-
-    def check(self) -> None:
-        self.terminated = self._step in self._run.points("train")
-        super().check()
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -7,7 +7,6 @@ optimizer state.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +14,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def prune_checkpoints(run_dir: Path, *, spare: int) -> None:
 def find_checkpoint(
     run_dir: Path, resume_from: str, identity: Identity, *, say: Callable[[str], None]
 ) -> Loaded | None:
-    """The newest verified checkpoint of this trajectory: of this run first, then where `resume_from` lies."""
+    """The newest verified checkpoint of this trajectory: of this run, or where `resume_from` lies."""
     for path in _candidates(run_dir, resume_from):
         own = path.parent == run_dir / CHECKPOINTS_DIR
         try:
@@ -260,14 +259,21 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _newest_first(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
 
 
-def _candidates(run_dir: Path, resume_from: str) -> Iterator[Path]:
-    yield from _newest_first(run_dir / CHECKPOINTS_DIR)
+def _step(path: Path) -> int:
+    """-1 for a folder of another name."""
+    return int(path.name[5:]) if path.name[:5] == "step-" and path.name[5:].isdigit() else -1
+
+
+def _candidates(run_dir: Path, resume_from: str) -> list[Path]:
+    """The newest first, and of one step this run's before the other's.
+
+    Not all of this run's first: a run that goes on from another takes along that one's best, which may be older.
+    """
+    found = _newest_first(run_dir / CHECKPOINTS_DIR)
     if resume_from:
         given = Path(resume_from)
-        yield given
-        with contextlib.suppress(OSError, ValueError):
-            limit = int(given.name[5:])
-            yield from (path for path in _newest_first(given.parent) if int(path.name[5:]) < limit)
+        found += [given, *(path for path in _newest_first(given.parent) if _step(path) < _step(given))]
+    return sorted(dict.fromkeys(found), key=_step, reverse=True)
