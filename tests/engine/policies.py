@@ -44,12 +44,12 @@ def tiny_policy(config: RunConfig, *, packed: bool = True, bent: bool = True) ->
     return policy
 
 
-def bend(policy: Policy, seed: int = 7) -> None:
+def bend(policy: Policy, seed: int = 7, *, scale: float = 0.05) -> None:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in policy.trainable.items():
             if "lora_B" in name:
-                tensor.copy_(torch.randn(tensor.shape, generator=draw) * 0.05)
+                tensor.copy_(torch.randn(tensor.shape, generator=draw) * scale)
 
 
 def summed(policy: Policy, pairs: Sequence[TokenizedPair]) -> torch.Tensor:

@@ -15,14 +15,15 @@ from jinja2.exceptions import TemplateError
 
 from tests.engine.conftest import NewRun, RunFolder
 from tests.engine.interruptions import LeaveAt
-from tests.engine.policies import tiny_config, tiny_policy
+from tests.engine.policies import bend, tiny_config, tiny_policy
 from tests.tiny import build_tiny_pairs, tiny_pairs
 from training.contract import ConfigError, ExitCode
 from training.engine import watch
 from training.engine.batch_answers import answer_prompts, draw_tokens
+from training.engine.events import LoggedEvents
 from training.engine.interrupts import Interrupts
-from training.engine.policy import Placement, load_tokenizer
-from training.engine.watch import answer_kl, read_watch_prompts
+from training.engine.policy import Placement, Policy, load_tokenizer
+from training.engine.watch import Watch, WatchPrompt, answer_kl, read_watch_prompts
 
 WATCHED: dict[str, Any] = {
     "watch_prompts": 3, "watch_max_new_tokens": 6, "pairs": 12, "eval_pairs": 8, "eval_steps": 2,
@@ -129,6 +130,57 @@ def test_both_estimates_are_unbiased_for_the_divergence_of_whole_answers() -> No
     assert k1_mean == pytest.approx(exact, rel=1e-12)
     assert k3_mean == pytest.approx(exact, rel=1e-12)
     assert k3_square - k3_mean**2 < k1_square - k1_mean**2, "k3 scatters less"
+
+
+def watching(model: Path, folder: Path, prompts: list[WatchPrompt], **settings: Any) -> tuple[Watch, Policy]:
+    config = tiny_config(model, watch_temperature=1.0, **settings)
+    policy = tiny_policy(config)
+    made = Watch(
+        prompts, config=config, run_dir=folder, policy=policy, tokenizer=load_tokenizer(config),
+        events=LoggedEvents(), with_reference=True,
+    )  # fmt: skip
+    return made, policy
+
+
+def said(folder: Path, step: int) -> list[dict[str, Any]]:
+    name = f"watch/step-{step:06d}.jsonl"
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_the_estimate_at_a_step_is_unbiased_for_the_divergence_there(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Many prompts of the same words: their draws must be of their own, and those of the policy."""
+    words = [1, 70, 80, 90]
+    prompts = [WatchPrompt(str(number), [], words) for number in range(60)]
+    watch, policy = watching(tiny_model, tmp_path, prompts, watch_max_new_tokens=1)
+    bend(policy, scale=0.3)
+    watch.look(5, lambda: None)
+    k1, k3 = (torch.tensor([line[name] for line in said(tmp_path, 5)]).double() for name in ("k1", "k3"))
+    found = []
+    for context in (policy.inference, policy.reference):
+        with context():
+            found.append(policy.model(torch.tensor([words])).logits[0, -1].double().log_softmax(-1))
+    exact = float((found[0].exp() * (found[0] - found[1])).sum())
+    assert exact > 0.05
+    for values in (k1, k3):
+        assert float(values.mean()) == pytest.approx(exact, abs=float(4 * values.std() / len(values) ** 0.5))
+
+
+def test_only_the_weights_tell_the_answers_of_two_steps_apart(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = [WatchPrompt(name, [], [1, 70, 80]) for name in "ab"]
+    answers = {}
+    for seed in (0, 1):
+        watch, policy = watching(tiny_model, tmp_path, prompts, watch_max_new_tokens=12, seed=seed)
+        for step in (1, 2, 3):
+            if step == 3:
+                bend(policy, scale=2.0)
+            watch.look(step, lambda: None)
+            answers[seed, step] = [line["answer"] for line in said(tmp_path, step)]
+    assert answers[0, 1] == answers[0, 2]
+    assert answers[0, 3] != answers[0, 2]
+    assert answers[1, 1] != answers[0, 1]
+    assert len(set(answers[0, 1])) == 2, "each prompt has draws of its own"
 
 
 # --- runs -----------------------------------------------------------------------------------------------

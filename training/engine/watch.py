@@ -1,8 +1,9 @@
 """The watch prompts: the same few prompts answered at every evaluation, and what the answers tell.
 
 Answers are sampled at `watch_temperature` (0: the likeliest token); a prompt's draws are a function of
-(seed, step, id), so a resumed run says the same. At temperature 1 they are samples of the policy, and the
-divergence from the reference is estimated on them.
+(seed, id): a resumed run says the same, and the same noise at every step and for the reference leaves only
+the weights to tell two answers apart (common random numbers). At temperature 1 they are samples of the policy
+at each step, and the divergence from the reference is estimated on them.
 """
 
 from __future__ import annotations
@@ -180,19 +181,19 @@ class Watch:
         self._eos = eos_tokens(policy.model, tokenizer)
 
     def look(self, step: int, check: Callable[[], None]) -> Values:
-        """Answer now; `check` may raise to leave. The reference answers once, with the draws of step 0."""
+        """Answer now; `check` may raise to leave. The reference answers once."""
         reference = self._folder / REFERENCE_FILE
         if self._with_reference and not reference.exists():
             with self._policy.reference():
-                answers = self._answers(0, check)
+                answers = self._answers(check)
             self._write(reference, 0, "reference", answers, {})
         with self._policy.inference():
-            answers = self._answers(step, check)
+            answers = self._answers(check)
         divergences = self._divergences(answers, check)
         self._write(step_path(self._folder, step, ".jsonl"), step, "policy", answers, divergences)
         return self._values(answers, divergences)
 
-    def _answers(self, step: int, check: Callable[[], None]) -> list[BatchAnswer]:
+    def _answers(self, check: Callable[[], None]) -> list[BatchAnswer]:
         placement = self._policy.scorer.placement
         rows = ROWS[placement.device.type]
         answers: list[BatchAnswer] = []
@@ -209,7 +210,7 @@ class Watch:
                 self._policy.head,
                 [prompt.ids for prompt in prompts],
                 placement=placement,
-                seeds=[mixed_seed(self._config.seed, "watch", step, prompt.id) for prompt in prompts],
+                seeds=[mixed_seed(self._config.seed, "watch", prompt.id) for prompt in prompts],
                 eos=self._eos,
                 temperature=self._config.watch_temperature,
                 max_new_tokens=max(1, min(self._config.watch_max_new_tokens, room)),
