@@ -15,7 +15,7 @@ from tests.engine.interruptions import LeaveAt
 from tests.engine.policies import summed, tiny_config, tiny_data, tiny_policy
 from tests.engine.starts import assert_starts_at_ln_2
 from training.contract import ConfigError, ExitCode
-from training.engine import reference_model
+from training.engine import RefusedError, merge, reference_model
 from training.engine.adapters import POLICY
 from training.engine.fused import fuse
 from training.engine.logps import token_logps
@@ -178,9 +178,39 @@ def test_a_chain_of_full_fine_tuning_goes_through_adapters_models_and_checkpoint
             before.result["metrics"]["eval_logps/chosen"], rel=1e-4
         )
     assert "with the checkpoint that training starts from" in on_checkpoint.result["reference"]
-    refused = new_run("refused", adapter_path=str(checkpoint))
+
+
+def test_an_adapter_does_not_stand_on_a_checkpoint_of_full_fine_tuning(new_run: NewRun) -> None:
+    full = new_run("full", eval_pairs=0, max_steps=1, save_steps=1, **FULL)
+    assert full.train() == 0
+    refused = new_run("refused", adapter_path=str(full.path / "checkpoints/step-000001"))
     assert refused.train() == ExitCode.REFUSED
-    assert "is a checkpoint of full fine-tuning: an adapter cannot stand on it" in refused.result["error"]
+    assert refused.result["error"] == (
+        "'step-000001' is a checkpoint of full fine-tuning: an adapter cannot stand on it."
+    )
+    assert "merge with --checkpoint" in refused.result["next_step"]
+
+
+@pytest.mark.slow
+def test_an_adapter_starts_where_such_a_checkpoint_was_once_it_is_a_folder(new_run: NewRun) -> None:
+    full = new_run("full", eval_steps=2, save_steps=2, load_best_model_at_end=False, **FULL)
+    assert full.train() == 0
+    folder = merge(full.path, checkpoint="step-000002")["path"]
+    run = new_run("on-checkpoint", model_path=folder, max_steps=1)
+    assert run.train() == 0
+    assert_starts_at_ln_2(run)
+    logps = [full.points("eval")[step]["eval_logps/chosen"] for step in (0, 2, 4)]
+    assert run.points("eval")[0]["eval_logps/chosen"] == pytest.approx(logps[1], rel=1e-6)
+    assert min(abs(logps[1] - other) for other in (logps[0], logps[2])) > 1e-3
+    assert (
+        "with all weights trained by dpo after 2 steps, stored as float32."
+        in Path(folder, "README.md").read_text()
+    )
+    with pytest.raises(RefusedError, match="trained the whole model") as told:
+        merge(full.path)
+    assert "name a checkpoint" in told.value.next_step
+    with pytest.raises(RefusedError, match="holds something else"):
+        merge(full.path, checkpoint="step-000002", out_dir=full.path / "model")
 
 
 def test_bfloat16_keeps_trained_weights_in_float32_and_saves_what_it_computed_with(

@@ -188,7 +188,8 @@ def _check_adapter(start: StartingPoint, model_path: Path) -> None:
     if not start.is_adapter:
         raise RefusedError(
             f"{start.folder.name!r} is a checkpoint of full fine-tuning: an adapter cannot stand on it.",
-            "Set finetuning_type to full, or let that run finish and choose its model as the base model.",
+            "Set finetuning_type to full, or write it as a model folder (merge with --checkpoint) and choose that "
+            "as the base model.",
         )
     reason = ""
     if start.base_sha256 and start.base_sha256 != base_sha256(model_path):

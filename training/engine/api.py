@@ -94,7 +94,8 @@ def merge(
     the run directory; an earlier one is replaced when the new one is complete.
 
     In float32 the logits equal those of base + adapter within rounding. Raises `RefusedError` for what cannot be
-    merged: a quantised base, a whole model that was trained without an adapter, weights that are not finite.
+    merged: a quantised base, a finished whole model (it is a folder already), weights that are not finite. A
+    checkpoint of full fine-tuning is written as the folder that it is not yet.
     """
     from training.engine import merging
     from training.engine.surroundings import borrowed_process

@@ -110,7 +110,8 @@ def _add_merge(commands: Any) -> None:
     parser = _add(
         commands, "merge", "write base + adapter as one model folder that needs no peft",
         """Computes in float32 and stores safetensors, tokenizer, chat template, generation config and a README in
-        RUN_DIR/merged, complete or not at all. Prints JSON and keeps it in RUN_DIR/merge.json.""",
+        RUN_DIR/merged, complete or not at all. Of full fine-tuning: a checkpoint as such a folder.
+        Prints JSON and keeps it in RUN_DIR/merge.json.""",
     )  # fmt: skip
     _add_checkpoint(parser)
     parser.add_argument(

@@ -1,4 +1,7 @@
-"""The `merge` command: base + adapter as one model folder, complete or not there."""
+"""The `merge` command: base + adapter as one model folder, complete or not there.
+
+A checkpoint of full fine-tuning has nothing to be added to, but is no folder yet: it is written as one.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def merge(
     kept = find_kept(run_dir, checkpoint)
     final = out_dir or run_dir / MERGED_DIR
     check_config(config)
-    _require_mergeable(config, final, run_dir)
+    _require_mergeable(config, final, run_dir, kept)
     dtype = _resolve_dtype(dtype, Path(config.model_path))
     make_quiet_and_deterministic()
     tokenizer = load_tokenizer(config)
@@ -76,13 +79,15 @@ def merged_model(policy: Policy, config: RunConfig, dtype: str) -> Any:
     """The base with the policy's adapter in its weights, rounded to `dtype`, as the base's own files describe it."""
     from transformers import AutoConfig
 
-    try:
-        model = policy.model.merge_and_unload(safe_merge=True, adapter_names=[POLICY])
-    except ValueError as error:
-        raise RefusedError(
-            f"The adapter cannot be merged: {str(error).splitlines()[0][:300]}",
-            "Train again with a lower learning_rate, or choose an earlier checkpoint.",
-        ) from error
+    model = policy.model
+    if config.finetuning_type == "lora":
+        try:
+            model = model.merge_and_unload(safe_merge=True, adapter_names=[POLICY])
+        except ValueError as error:
+            raise RefusedError(
+                f"The adapter cannot be merged: {str(error).splitlines()[0][:300]}",
+                "Train again with a lower learning_rate, or choose an earlier checkpoint.",
+            ) from error
     settings = AutoConfig.from_pretrained(config.model_path, local_files_only=True, trust_remote_code=False)
     model.config = settings  # the loaded one was changed for training
     model = model.to(getattr(torch, dtype))
@@ -95,11 +100,11 @@ def merged_model(policy: Policy, config: RunConfig, dtype: str) -> Any:
     return model
 
 
-def _require_mergeable(config: RunConfig, final: Path, run_dir: Path) -> None:
-    if config.finetuning_type == "full":
+def _require_mergeable(config: RunConfig, final: Path, run_dir: Path, kept: Kept) -> None:
+    if kept.name == MODEL_DIR:
         raise RefusedError(
             "This run trained the whole model: there is no adapter to merge.",
-            f"Take {run_dir.name}/{MODEL_DIR}.",
+            f"Take {run_dir.name}/{MODEL_DIR}, or name a checkpoint to be written as a model folder.",
         )
     settings = json.loads((Path(config.model_path) / "config.json").read_text(encoding="utf-8"))
     if settings.get("quantization_config"):
@@ -110,6 +115,7 @@ def _require_mergeable(config: RunConfig, final: Path, run_dir: Path) -> None:
     protected = [
         run_dir,
         run_dir / ADAPTER_DIR,
+        run_dir / MODEL_DIR,
         Path(config.model_path),
         Path(config.adapter_path or run_dir),
     ]
@@ -153,9 +159,13 @@ def _readme(config: RunConfig, kept: Kept, dtype: str) -> str:
     note = " The adapter was trained over 4-bit weights, and merged into the unquantised ones."
     note = "" if config.quantization == "none" else note
     step = f" after {kept.step} steps" if kept.step is not None else ""
+    what = (
+        f"with an adapter trained by {config.method}{step} merged into its weights. Computed in float32 and"
+    )
+    if config.finetuning_type == "full":
+        what = f"with all weights trained by {config.method}{step},"
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"tags:\n- {config.method}\n---\n\n"
-        f"{base} with an adapter trained by {config.method}{step} merged into its weights. Computed in float32 and "
-        f"stored as {dtype}.{note}\n"
+        f"{base} {what} stored as {dtype}.{note}\n"
     )
