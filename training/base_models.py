@@ -63,6 +63,7 @@ class CatalogueModel:
     has_chat_template: bool = True
     num_experts: int = 0
     experts_per_token: int = 0
+    hidden_act: str = "silu"
     is_starter: bool = False
 
     @property
@@ -96,6 +97,7 @@ class CatalogueModel:
             "vocab_size": self.vocab_size,
             "experts_per_token": self.experts_per_token or 1,
             "num_experts": self.num_experts,
+            "hidden_act": self.hidden_act,
             "linear_modules": list(self.lora_units),
             "lora_units": self.lora_units,
             "has_chat_template": self.has_chat_template,
@@ -168,7 +170,9 @@ CATALOGUE: tuple[CatalogueModel, ...] = (
     _model("HuggingFaceTB/SmolLM2-1.7B-Instruct", "instruct", _APACHE, 8192, _SMOL_1_7B),
     _model("meta-llama/Llama-3.2-1B-Instruct", "instruct", _LLAMA, _128K, _LLAMA_1B, gated=True),
     _model("meta-llama/Llama-3.2-3B-Instruct", "instruct", _LLAMA, _128K, _LLAMA_3B, gated=True),
-    _model("google/gemma-3-1b-it", "instruct", _GEMMA, 32768, _GEMMA_1B, gated=True),
+    _model(
+        "google/gemma-3-1b-it", "instruct", _GEMMA, 32768, _GEMMA_1B, gated=True, hidden_act="gelu_pytorch_tanh"
+    ),
     _model("mistralai/Mistral-7B-Instruct-v0.3", "instruct", _APACHE, 32768, _MISTRAL_7B),
     _model(
         "Qwen/Qwen3-4B-Thinking-2507", "thinking", _APACHE, _256K, _QWEN3_4B,
@@ -216,6 +220,11 @@ def shape_of(facts: Mapping[str, Any]) -> ModelShape | None:
             vocab_size=int(facts["vocab_size"]),
             lora_units={str(name): int(unit) for name, unit in facts["lora_units"].items()},
             experts_per_token=int(facts.get("experts_per_token") or 1),
+            gated_silu=(
+                facts.get("hidden_act") in {"silu", "swish"}
+                and not facts.get("num_experts")
+                and {"gate_proj", "up_proj", "down_proj"} <= set(facts["lora_units"])
+            ),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

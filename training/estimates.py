@@ -60,6 +60,13 @@ class ModelShape:
     lora_units: Mapping[str, int]
     active_parameters: int = 0  # of a mixture of experts; 0 = all
     experts_per_token: int = 1
+    gated_silu: bool = False  # the mlp is down(silu(gate(x)) * up(x)), as far as is known
+
+    @property
+    def key_value_width(self) -> int:
+        """From what k_proj gives; where it has no layer of its own, no wider than the queries."""
+        width = self.lora_units.get("k_proj", 0) // max(1, self.num_layers) - self.hidden_size
+        return width if 0 < width < self.attention_width else self.attention_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +177,20 @@ def is_full(parameters: Mapping[str, Any]) -> bool:
     return parameters.get("finetuning_type") == "full"
 
 
+def is_fused(shape: ModelShape, parameters: Mapping[str, Any]) -> bool:
+    """Will the engine put its own functions in the place of mlps and adapters? As `training.engine.fused` decides
+    on the model: stock LoRA on the mlps too, weights neither trained, quantised nor divided."""
+    chosen = set(parameters["target_modules"]) or {"all-linear"}
+    return (
+        shape.gated_silu
+        and not is_full(parameters)
+        and not parameters.get("use_dora", False)
+        and parameters.get("quantization", "none") == "none"
+        and parameters.get("parallelism", "data") != "fsdp"
+        and bool(chosen & {"all-linear", "mlp", "down_proj"})
+    )
+
+
 def lora_parameters(shape: ModelShape, parameters: Mapping[str, Any]) -> int:
     """rank * (in + out) over the chosen modules of all layers; 0 with full fine-tuning."""
     if is_full(parameters):
@@ -238,6 +259,8 @@ def _activations(
         fixed_bytes=_fixed(shape, parameters, machine).total,
         memory_bytes=machine.memory_bytes,
         switch=str(parameters.get("gradient_checkpointing", "auto")),
+        fused=is_fused(shape, parameters),
+        rank=0 if is_full(parameters) else int(parameters["lora_r"]),
     )
 
 

@@ -259,6 +259,7 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
             config, ("max_position_embeddings", "n_positions", "n_ctx"), high=100_000_000, default=2048
         ),
         "num_experts": experts,
+        "hidden_act": str(config.get("hidden_activation") or config.get("hidden_act") or "")[:60],
         "experts_per_token": _whole(config, ("num_experts_per_tok",), high=4096, default=1) if experts else 1,
     }
 

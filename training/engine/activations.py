@@ -7,6 +7,7 @@ from pathlib import Path
 
 from training.activation_memory import TRAIN_BUDGET, ActivationPlan, plan_activations
 from training.contract import RunConfig
+from training.engine.adapters import facts
 from training.engine.data import TokenizedPair
 from training.engine.errors import RefusedError
 from training.engine.packed import packed_states
@@ -15,12 +16,13 @@ from training.estimates import LOGITS_ROWS, RUNTIME_BYTES
 
 
 def use_activations(policy: Policy, config: RunConfig, pairs: Sequence[TokenizedPair]) -> ActivationPlan:
-    """Plan for the longest of the pairs, after the layout is chosen; switches checkpointing on where needed."""
+    """Plan for the longest of the pairs, after layout and fusing; switches checkpointing on where needed."""
     from training.engine.estimating import shape_of_folder, this_machine
 
     placement = policy.scorer.placement
     kind, size = placement.device.type, placement.dtype.itemsize
     packed = policy.scorer.layout is packed_states
+    adapter = facts(policy.model)
     trainable = sum(tensor.numel() for tensor in policy.trainable.values())
     frozen = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
     try:
@@ -38,11 +40,23 @@ def use_activations(policy: Policy, config: RunConfig, pairs: Sequence[Tokenized
             fixed_bytes=frozen + 12 * trainable + 12 * LOGITS_ROWS * shape.vocab_size + RUNTIME_BYTES[kind],
             memory_bytes=this_machine(placement.device).memory_bytes,
             switch=config.gradient_checkpointing,
+            fused=is_fused(policy),
+            rank=adapter["r"] if adapter else 0,
         )
     if plan.checkpointed:
         policy.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     policy.activations = plan
     return plan
+
+
+def is_fused(policy: Policy) -> bool:
+    """Do the engine's own functions stand in for every mlp and every adapter? Some of them are not enough."""
+    taken = [
+        "forward" in vars(module)
+        for module in policy.model.modules()
+        if hasattr(module, "down_proj") or hasattr(module, "lora_A")
+    ]
+    return any(hasattr(module, "down_proj") for module in policy.model.modules()) and all(taken)
 
 
 def tokens_of(pair: TokenizedPair, *, packed: bool) -> int:
