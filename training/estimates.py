@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from training.activation_memory import ActivationPlan, plan_activations
+from training.watch_time import watch_seconds
 
 MIB = 1024**2
 GIB = 1024**3
@@ -312,7 +313,7 @@ def seconds(
     gradient), 6 per LoRA parameter, and 2N again where activations are recomputed. A pair is prompt +
     chosen + rejected, the prompt computed once. The reference pass reads every pair that the run meets once
     forward; an evaluation twice (policy, and the reference for the exact KL). Work is divided by the
-    machine's speed, but no step is faster than the floor of its device.
+    machine's speed, but no step is faster than the floor of its device. Watch prompts come on top.
     """
     n = shape.active_parameters or shape.num_parameters
     side = float(parameters["max_length"])
@@ -327,7 +328,11 @@ def seconds(
     work += pair * num_eval_pairs * num_evaluations * 4 * n
     floor = total_steps * FLOOR_SECONDS_PER_STEP[machine.device]
     loading = shape.num_parameters * 2 / READ_BYTES_PER_SECOND
-    return START_SECONDS + loading + max(work / machine.flops, floor)
+    watch = watch_seconds(
+        parameters, machine, active_parameters=n, prompt=shared,
+        num_eval_pairs=num_eval_pairs, num_evaluations=num_evaluations,
+    )  # fmt: skip
+    return START_SECONDS + loading + max(work / machine.flops, floor) + watch
 
 
 def estimate_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import random
@@ -32,6 +33,7 @@ from training.engine import (
 )
 from training.engine.command_line import main
 from training.engine.finished import load_config
+from training.watch_time import FLOOR_SECONDS_PER_TOKEN
 
 ROOT = Path(__file__).parents[2]
 
@@ -231,6 +233,14 @@ def test_other_pairs_give_other_metrics_and_the_training_pairs_may_be_gone(
     report = evaluate(run.path, data=build_tiny_pairs(tmp_path / "other.jsonl", 3))
     assert report["data"]["kept"] == 3
     assert report["metrics"]["eval_loss"] is not None
+
+
+def test_own_watch_prompts_take_time_without_validation_too(new_run: NewRun) -> None:
+    """Before step 1, at the end, and by the reference: three times 32 tokens, none faster than the floor."""
+    run = new_run(eval_pairs=0)
+    watched = dataclasses.replace(run.config, watch_path=run.config.train_path, watch_prompts=4)
+    more = estimate(watched)["seconds"] - estimate(run.config)["seconds"]
+    assert more == pytest.approx(3 * 32 * FLOOR_SECONDS_PER_TOKEN["cpu"], abs=0.2)
 
 
 # --- merge ------------------------------------------------------------------------------------------

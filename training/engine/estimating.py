@@ -80,7 +80,7 @@ def estimate(config: RunConfig) -> RunEstimate:
     seconds = estimates.seconds(
         shape, parameters, mean, machine,
         num_train_pairs=len(data.train), num_eval_pairs=len(data.evaluation),
-        num_evaluations=_evaluations(config, order.total_steps) if data.evaluation else 0,
+        num_evaluations=_evaluations(config, order.total_steps) if data.evaluation or config.watch_path else 0,
         total_steps=order.total_steps,
     )  # fmt: skip
     return {

@@ -29,11 +29,11 @@ from training.engine.logps import token_logps
 from training.engine.order import mixed_seed
 from training.engine.policy import Policy
 from training.engine.step_files import step_path, write_durably
+from training.watch_time import WATCH_ROWS
 
 # Short validation prompts are watched where there are enough: measured on a CPU with the starter model, four of them
 # with 32 tokens each cost a few per cent of the steps between two evaluations. Else the shortest of the first ones.
 PROMPT_TOKENS, FIRST_PROMPTS = 128, 64
-ROWS = {"cpu": 8, "cuda": 64}  # prompts answered at once
 REFERENCE_FILE = "reference.jsonl"
 Values = dict[str, float | None]
 
@@ -195,7 +195,7 @@ class Watch:
 
     def _answers(self, check: Callable[[], None]) -> list[BatchAnswer]:
         placement = self._policy.scorer.placement
-        rows = ROWS[placement.device.type]
+        rows = WATCH_ROWS[placement.device.type]
         answers: list[BatchAnswer] = []
         room = context_length(self._policy.model) - max(len(prompt.ids) for prompt in self.prompts)
 
