@@ -16,6 +16,7 @@ import torch
 
 from tests.tiny import build_tiny_model, build_tiny_pairs
 from training.contract import RunConfig
+from training.engine import fused, products, shared_attention
 
 torch.set_num_threads(1)
 
@@ -117,3 +118,11 @@ def run_maker(folder: Path, model: Path) -> NewRun:
 @pytest.fixture
 def new_run(tmp_path: Path, tiny_model: Path) -> NewRun:
     return run_maker(tmp_path, tiny_model)
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and attention take bfloat16, on a CPU too, and products give what a GPU's give: float32 sums."""
+    for module in (products, shared_attention, fused):
+        monkeypatch.setattr(module, "computes_low", lambda device: True)
+    monkeypatch.setattr(products, "wide_product", lambda x, weight: x.float() @ weight.float().T)

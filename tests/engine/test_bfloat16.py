@@ -1,4 +1,4 @@
-"""bfloat16: lowered matrices and a residual stream in float32 are no further from the truth than TRL's way.
+"""bfloat16: lowered matrices with float32 between them are nearer to the truth than TRL's way.
 
 TRL keeps weights in float32 and computes under autocast, logits too. Measured on what a loss is made of, the
 summed log-probabilities of answers, and on gradients, over several pairs: one loss is a matter of luck.
@@ -18,12 +18,15 @@ from tests.engine.architectures import Architecture
 from tests.engine.policies import bend, tiny_config
 from tests.engine.test_architectures import in_float64
 from tests.starter import starter_folder
+from training.engine.adapters import POLICY
 from training.engine.data import TokenizedPair
+from training.engine.fused import fuse
 from training.engine.logps import token_logps
 from training.engine.policy import Placement, Policy, load_policy, use_fast_layout
 
-# The same roundings in another order of sums: errors equal to three digits, not to all of them.
-ROUNDING = 1.02
+# Most that our error may be of TRL's: of summed log-probabilities, and of gradients. Products of a CPU are in
+# float32; those of a GPU round their operands, but not what they give.
+OF_TRLS = {"cpu": (0.6, 0.8), "cuda": (1.0, 0.95)}
 
 SMOLLM2 = Architecture(
     "LlamaConfig",
@@ -42,6 +45,14 @@ def wide_pairs(count: int, vocabulary: int, longest: int) -> list[TokenizedPair]
         return draw.integers(3, vocabulary, size=int(draw.integers(8, longest))).astype(np.int32)
 
     return [TokenizedPair(str(number), ids(), ids(), ids()) for number in range(count)]
+
+
+def kept_low(folder: Path) -> Path:
+    """The checkpoint as most are published: in bfloat16, so that lowering it loses nothing."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def own_logits(model: Any, pairs: list[TokenizedPair]) -> list[torch.Tensor]:
@@ -108,22 +119,48 @@ def compare(
     their_distance = distance(theirs, full.model, truth)
     low = loaded(folder, pairs, device=device, dtype="bfloat16")
     use_fast_layout(low, pairs)
+    fuse(low.model, POLICY)
     return distance(engine(low, pairs), low.model, truth), their_distance
 
 
-def test_log_probabilities_and_gradients_are_no_further_off_than_trls(tmp_path: Path, device: str) -> None:
-    pairs = wide_pairs(5, SMOLLM2.settings["vocab_size"], longest=50)
-    ours, theirs = compare(SMOLLM2.build(tmp_path), pairs, device, exactly=torch.float64)
-    print(f"bfloat16 on {device}: ours {ours}, autocast {theirs}")
-    assert ours[0] < ROUNDING * theirs[0] and ours[1] < ROUNDING * theirs[1]
+def assert_nearer(found: tuple[tuple[float, float], tuple[float, float]], kind: str) -> None:
+    ours, theirs = found
+    print(f"bfloat16 on {kind}: ours {ours}, autocast {theirs}")
+    assert ours[0] < OF_TRLS[kind][0] * theirs[0] and ours[1] < OF_TRLS[kind][1] * theirs[1]
 
 
 @pytest.mark.slow
-def test_those_of_the_starter_model_are_no_further_off_than_trls(device: str) -> None:
+def test_log_probabilities_and_gradients_are_nearer_to_the_truth_than_trls(
+    tmp_path: Path, device: str
+) -> None:
+    pairs = wide_pairs(5, SMOLLM2.settings["vocab_size"], longest=50)
+    assert_nearer(compare(kept_low(SMOLLM2.build(tmp_path)), pairs, device, exactly=torch.float64), device)
+
+
+def test_with_the_products_of_a_gpu_they_are_too(tmp_path: Path, like_a_gpu: None) -> None:
+    pairs = wide_pairs(2, SMOLLM2.settings["vocab_size"], longest=30)
+    assert_nearer(compare(kept_low(SMOLLM2.build(tmp_path)), pairs, "cpu", exactly=torch.float64), "cuda")
+
+
+@pytest.mark.slow
+def test_those_of_the_starter_model_are_nearer_to_the_truth_than_trls(device: str) -> None:
     pairs = wide_pairs(3, 49_000, longest=30)
-    ours, theirs = compare(starter_folder(), pairs, device, exactly=torch.float32)
-    print(f"bfloat16 on {device}: ours {ours}, autocast {theirs}")
-    assert ours[0] < ROUNDING * theirs[0] and ours[1] < ROUNDING * theirs[1]
+    assert_nearer(compare(starter_folder(), pairs, device, exactly=torch.float32), device)
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "down_proj")])
+def test_policy_and_reference_are_one_before_the_first_step(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """Whether a layer carries an adapter or not, and whether gradients are asked for, it rounds the same."""
+    pairs = wide_pairs(2, SMOLLM2.settings["vocab_size"], longest=20)
+    config = tiny_config(kept_low(SMOLLM2.build(tmp_path)), dtype="bfloat16", target_modules=targets)
+    policy = load_policy(config, Placement.choose(config), pairs[:1])
+    use_fast_layout(policy, pairs)
+    fuse(policy.model, POLICY)
+    ours = torch.cat(engine(policy, pairs))
+    with policy.reference():
+        reference = torch.cat(engine(policy, pairs))
+    assert ours.requires_grad and not reference.requires_grad
+    torch.testing.assert_close(ours.detach(), reference, rtol=0, atol=2e-5)
 
 
 def test_what_autocast_keeps_in_float32_is_kept_where_the_checkpoint_has_it(tmp_path: Path) -> None:

@@ -107,18 +107,27 @@ def test_a_trained_projection_gets_the_gradient_of_plain_autograd(
     assert output.is_trained
 
 
-def test_a_trained_projection_may_be_computed_in_less_than_it_is_kept_in() -> None:
+def test_a_trained_projection_may_be_computed_in_less_than_it_is_kept_in(like_a_gpu: None) -> None:
     """bfloat16 products over float32 weights: the values of frozen bfloat16 weights, a gradient in float32."""
     hidden, labels, frozen = draws(torch.float32)
     trained = Head(frozen.weight.clone().requires_grad_(), None, compute_dtype=torch.bfloat16)
     values = token_logps(hidden, labels, trained)
     coarse = Head(frozen.weight.bfloat16(), None)
     torch.testing.assert_close(values, token_logps(hidden, labels, coarse), rtol=0, atol=0)
-    values.sum().backward()
-    assert trained.weight.grad is not None and trained.weight.grad.dtype == torch.float32
     exact = frozen.weight.clone().requires_grad_()
-    token_logps(hidden, labels, Head(exact, None)).sum().backward()
+    truth = token_logps(hidden, labels, Head(exact, None))
+    assert not torch.equal(values, truth)
+    values.sum().backward()
+    truth.sum().backward()
+    assert trained.weight.grad is not None and trained.weight.grad.dtype == torch.float32
     assert exact.grad is not None
     assert ((trained.weight.grad - exact.grad).norm() / exact.grad.norm()).item() < 0.02
     with torch.no_grad():
         torch.testing.assert_close(trained.logits(hidden), coarse.logits(hidden), rtol=0, atol=0)
+
+
+def test_a_cpu_computes_the_projection_in_float32_whatever_it_is_kept_in() -> None:
+    hidden, labels, frozen = draws(torch.float32)
+    kept = frozen.weight.bfloat16()
+    low, high = Head(kept, None, compute_dtype=torch.bfloat16), Head(kept.float(), None)
+    assert torch.equal(token_logps(hidden, labels, low), token_logps(hidden, labels, high))

@@ -68,6 +68,7 @@ def answer_prompts(
     cache = DynamicCache(config=decoder.config)
     said: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
+    head = head.ready()
     for _ in range(max_new_tokens):
         check()
         with placement.autocast():

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from training.engine.products import computes_low, product
+
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 COARSE_TOLERANCE = 0.05  # bf16
 TRIAL_ROWS = 3
@@ -41,11 +43,15 @@ def _draw(x: torch.Tensor, dropout: float) -> torch.Tensor | None:
     return None if dropout == 0 else torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
 
 
-def _forward(x: torch.Tensor, keep: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, lora: Lora) -> Any:
-    """x [T, in] -> y [T, out] and h = dropout(x) A^T [T, r], all in the dtype of the frozen weight."""
-    y = functional.linear(x, lora.weight, lora.bias)
-    h = _dropped(x, keep, lora.dropout) @ a.T
-    return y.addmm_(h, b.T, alpha=lora.scale), h
+def _forward(x: torch.Tensor, keep: torch.Tensor | None, lora: Lora, a: torch.Tensor, b: torch.Tensor) -> Any:
+    """x [T, in] -> y [T, out] and h = dropout(x) A^T [T, r], in float32 where the frozen weight is lower."""
+    y = product(x, lora.weight)
+    if lora.bias is not None:
+        y += lora.bias
+    h = product(_dropped(x, keep, lora.dropout), a)
+    return (
+        y.addmm_(h, b.T, alpha=lora.scale) if b.dtype == y.dtype else y.add_(product(h, b), alpha=lora.scale)
+    ), h
 
 
 def _backward(
@@ -78,18 +84,19 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lora: Lora) -> torch.Tensor:
-        flat, low, high = _in_dtype_of(lora, x.reshape(-1, x.shape[-1]), a, b)
+        flat = x.reshape(-1, x.shape[-1])
         keep = _draw(flat, lora.dropout)
-        y, h = _forward(flat, keep, low, high, lora)
-        ctx.save_for_backward(flat, keep, h, a, b)
+        with torch.autocast(x.device.type, enabled=False):
+            y, h = _forward(flat, keep, *_operands(lora, a, b))
+        ctx.save_for_backward(*_in_dtype_of(lora, flat, h), keep, a, b)
         ctx.lora, ctx.shape, ctx.dtype = lora, x.shape, x.dtype
         return torch.Tensor.view(y, *x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, keep, h, a, b = ctx.saved_tensors
-        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-        _, low, high = _in_dtype_of(ctx.lora, x, a, b)
+        x, h, keep, a, b = ctx.saved_tensors
+        (gradient,) = _in_dtype_of(ctx.lora, gradients[0].reshape(-1, gradients[0].shape[-1]))
+        low, high = _in_dtype_of(ctx.lora, a, b)
         grad_x, grad_a, grad_b = _backward(
             gradient, x, keep, h, low, high, ctx.lora, wants_x=ctx.needs_input_grad[0]
         )
@@ -99,32 +106,34 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _GatedLoraLinear(torch.autograd.Function):
-    """down(silu(gate) * up) with LoRA on down: keeps gate and up, and computes their product again."""
+    """down(silu(gate) * up) with LoRA on down: keeps gate and up, and multiplies them again."""
 
     @staticmethod
     def forward(
         ctx: Any, gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lora: Lora
     ) -> torch.Tensor:
-        product = functional.silu(gate).mul_(up)
-        flat, low, high = _in_dtype_of(lora, product.reshape(-1, product.shape[-1]), a, b)
+        active = functional.silu(gate).mul_(up)
+        flat = active.reshape(-1, active.shape[-1])
         keep = _draw(flat, lora.dropout)
-        y, h = _forward(flat, keep, low, high, lora)
-        ctx.save_for_backward(gate, up, keep, h, a, b)
-        ctx.lora = lora
+        with torch.autocast(gate.device.type, enabled=False):
+            y, h = _forward(flat, keep, *_operands(lora, a, b))
+        ctx.save_for_backward(*_in_dtype_of(lora, gate, up, h), keep, a, b)
+        ctx.lora, ctx.dtype = lora, gate.dtype
         return torch.Tensor.view(y, *gate.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up, keep, h, a, b = ctx.saved_tensors
-        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        gate, up, h, keep, a, b = ctx.saved_tensors
+        (gradient,) = _in_dtype_of(ctx.lora, gradients[0].reshape(-1, gradients[0].shape[-1]))
         active = functional.silu(gate)
-        product = (active * up).reshape(-1, up.shape[-1])
-        product, low, high = _in_dtype_of(ctx.lora, product, a, b)
-        grad, grad_a, grad_b = _backward(gradient, product, keep, h, low, high, ctx.lora, wants_x=True)
+        flat = (active * up).reshape(-1, up.shape[-1])
+        low, high = _in_dtype_of(ctx.lora, a, b)
+        grad, grad_a, grad_b = _backward(gradient, flat, keep, h, low, high, ctx.lora, wants_x=True)
         assert grad is not None  # noqa: S101
-        grad = grad.view(gate.shape).to(gate.dtype)
+        grad = grad.view(gate.shape)
         grad_up = active.mul_(grad)
         grad_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate)
+        grad_gate, grad_up = grad_gate.to(ctx.dtype), grad_up.to(ctx.dtype)
         return grad_gate, grad_up, grad_a.to(a.dtype), grad_b.to(b.dtype), None
 
 
@@ -145,8 +154,14 @@ class _RmsNorm(torch.autograd.Function):
         return scaled.addcmul_(x, along, value=-1).mul_(inverse), None, None
 
 
+def _operands(lora: Lora, a: torch.Tensor, b: torch.Tensor) -> tuple[Lora, torch.Tensor, torch.Tensor]:
+    """With A and B for the forward pass: as they are kept where products are in float32 anyway."""
+    low, high = _in_dtype_of(lora, a, b) if computes_low(a.device) else (a, b)
+    return lora, low, high
+
+
 def _in_dtype_of(lora: Lora, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Under autocast peft multiplies in the dtype of the frozen weight, whatever the adapter is kept in."""
+    """What is kept for the backward pass, and what it multiplies, is in the dtype of the frozen weight."""
     return tuple(tensor.to(lora.weight.dtype) for tensor in tensors)
 
 
@@ -245,7 +260,8 @@ def _fuse_norm(module: Any) -> bool:
     original = module.forward
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != self.weight.dtype or not torch.is_grad_enabled():
+        # A weight kept lower than the residual stream takes part in float32, as transformers' norms do it.
+        if torch.promote_types(x.dtype, self.weight.dtype) != x.dtype or not torch.is_grad_enabled():
             kept: torch.Tensor = original(x)
             return kept
         result: torch.Tensor = _RmsNorm.apply(x, self.weight, epsilon)  # type: ignore[no-untyped-call]

@@ -12,7 +12,8 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
+
+from training.engine.products import operand_dtype, product
 
 CHUNK_ROWS = 128  # 25 MB of logits over a vocabulary of 49k; more of them are no faster
 
@@ -33,18 +34,20 @@ class Head:
 
     def ready(self) -> Head:
         """Its weight in the type that the product is computed in, once for many chunks."""
-        if self.compute_dtype in (None, self.weight.dtype):
+        dtype = operand_dtype(self.weight, self.compute_dtype)
+        if self.compute_dtype is None and dtype == self.weight.dtype:
             return self
-        bias = None if self.bias is None else self.bias.detach().to(self.compute_dtype)
-        weight = self.weight.detach().to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        weight = self.weight.detach().to(dtype)
         return dataclasses.replace(self, weight=weight, bias=bias, compute_dtype=None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> [n, V] in float32 or better, whatever the weights are kept in."""
+        """[n, H] -> [n, V] in float32 or better, whatever the weights are kept in. Call it with autocast off."""
         if self.compute_dtype not in (None, self.weight.dtype):
             return self.ready().logits(hidden)
-        raw = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        raw = raw.to(torch.promote_types(torch.float32, raw.dtype))
+        raw = product(hidden, self.weight)
+        if self.bias is not None:
+            raw = raw + self.bias
         if self.scale != 1.0:
             raw = raw * self.scale
         if self.softcap:

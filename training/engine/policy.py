@@ -37,6 +37,7 @@ from training.engine.logps import Head
 from training.engine.packed import choose_layout, tried, use_shared_prefix
 from training.engine.placement import Placement as Placement
 from training.engine.plain import CompletionStates, Layout, padded_states
+from training.engine.products import widen
 from training.engine.reference_model import ReferenceChoice, SeparateReference, other_vocabulary
 from training.engine.routing import recorded_routing
 from training.engine.sharding import divide_frozen_weights
@@ -220,6 +221,8 @@ def _computing(config: RunConfig, placement: Placement, base: Any, model: Any) -
         divide_frozen_weights(decoder, placement.device, placement.world)
     if config.quantization == "none":  # what is quantised lies on its device already
         model.to(placement.device)
+    if not placement.exact:
+        widen(decoder)
     if head.weight.dtype != placement.dtype:
         head = dataclasses.replace(head, compute_dtype=placement.dtype)
     numerics = " ".join(
@@ -260,7 +263,9 @@ def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
         )
     with policy.inference(), policy.scorer.placement.autocast():
         theirs = base(input_ids=ids, use_cache=False).logits[0].float()
-        ours = policy.head.logits(policy.scorer.decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
+        states = policy.scorer.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+    with policy.inference():
+        ours = policy.head.logits(states)
     if not torch.isfinite(theirs).all():
         raise RefusedError(
             "The base model answers with numbers that are not finite: its weights are damaged.",

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from training.engine.attention_kernels import Scoring, attend_by_parts
 from training.engine.attention_varlen import attend_varlen, fits
 from training.engine.pair_layout import PairLayout
+from training.engine.products import computes_low
 
 NAME = "shared_prefix"
 
@@ -49,9 +50,7 @@ def shared_prefix_attention(
         return _plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if dropout or kwargs.get("position_bias") is not None:
         raise LayoutError("attention with dropout or a bias of positions")
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does for torch's own attention
-        lower = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(lower), key.to(lower), value.to(lower)
+    query, key, value = _of_one_dtype(query, key, value)
     scoring = Scoring(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         softcap=float(kwargs.get("softcap") or 0.0),
@@ -62,6 +61,15 @@ def shared_prefix_attention(
         window = scoring.window if scoring.window < pair_layout.longest_side else 0
         return attend_varlen(query, key, value, pair_layout, scale=scoring.scale, window=window), None
     return attend_by_parts(query, key, value, pair_layout, scoring, sinks), None
+
+
+def _of_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast: on a GPU what that makes of torch's own attention, on a CPU float32, as of all products."""
+    device = tensors[0].device
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type) if computes_low(device) else torch.float32
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _plain(

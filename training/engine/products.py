@@ -1,0 +1,94 @@
+"""Matrix products of a frozen model that is kept in bfloat16: operands may be low, what comes out is float32.
+
+Autocast rounds what each linear layer gives to bfloat16. These roundings, carried from layer to layer, are most of
+what a gradient is off by: without them its error was half (DECISIONS.md). A GPU accumulates in float32 anyway and
+gives that away for more memory traffic; a CPU has no such product, so the forward is computed in float32 there,
+weight by weight. Backward products take bfloat16 and give it: they were measured to add next to nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def computes_low(device: torch.device) -> bool:
+    """Whether products of low operands are worth having there: in a CPU's there is little speed and much error."""
+    return device.type != "cpu"
+
+
+def operand_dtype(weight: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """What `product` computes with where the weight is asked for in `wanted` (None: as it is kept)."""
+    dtype = wanted or weight.dtype
+    return torch.float32 if dtype in LOW and not computes_low(weight.device) else dtype
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [n, in] weight^T [in, out] -> [n, out] in float32, or in what the weight is kept in if that is not lower.
+
+    x may be kept in more than the weight. Call it with autocast off.
+    """
+    if weight.dtype in LOW and computes_low(x.device):
+        return wide_product(x.to(weight.dtype), weight)
+    dtype = operand_dtype(weight, None)
+    return x.to(dtype) @ weight.to(dtype).T
+
+
+def wide_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [n, in] weight^T [in, out] of low operands, summed and given in float32 where the device can."""
+    if _gives_float32(x.device.type, x.dtype):
+        wide: torch.Tensor = torch.ops.aten.mm.dtype(x, weight.T, torch.float32)
+        return wide
+    return (x @ weight.T).float()
+
+
+@functools.cache
+def _gives_float32(device: str, dtype: torch.dtype) -> bool:
+    """Tried once: whether this device's products have an output of another type than their operands."""
+    one = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        result: torch.Tensor = torch.ops.aten.mm.dtype(one, one, torch.float32)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return result.dtype == torch.float32
+
+
+class _WideLinear(torch.autograd.Function):
+    """x [..., in] -> [..., out] of a frozen weight: needs nothing of x for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            y = product(x.reshape(-1, x.shape[-1]), weight)
+            if bias is not None:
+                y += bias
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return (gradients[0].to(weight.dtype) @ weight).to(ctx.dtype), None, None
+
+
+def widen(decoder: nn.Module) -> int:
+    """Let the frozen linear layers that are kept low give float32, from now on; returns how many."""
+    count = 0
+    for module in decoder.modules():
+        if type(module) is nn.Linear and module.weight.dtype in LOW and not module.weight.requires_grad:
+            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
+            count += 1
+    return count
+
+
+def _forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = _WideLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+    return result
