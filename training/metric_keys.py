@@ -13,7 +13,9 @@ class Metric:
     has no rejected side, also the rewards and `logps/rejected`.
     """
 
-    LOSS = "loss"  # what the gradient is of: mean over the pairs of the step, NLL over its chosen tokens
+    # What the gradient is of: mean over the pairs of the step, NLL over its chosen tokens, and for mixtures of experts
+    # router_aux_loss_coef * aux_loss. At evaluation the same of the held-out pairs.
+    LOSS = "loss"
     # beta times what the loss compares, mean over pairs: policy logps - reference logps (without a reference
     # the policy's alone), divided by the answer's tokens where the loss does that (ipo, SimPO, ORPO, asked for)
     REWARDS_CHOSEN = "rewards/chosen"
@@ -25,9 +27,7 @@ class Metric:
     NLL_LOSS = "nll_loss"  # -log p per chosen token, nats; only where it is part of the loss
     LOG_ODDS_CHOSEN = "log_odds_chosen"  # ORPO: log odds ratio of chosen over rejected, mean over pairs
     LOG_ODDS_RATIO = "log_odds_ratio"  # ORPO: log sigmoid of it, mean over pairs
-    AUX_LOSS = (
-        "aux_loss"  # mixtures of experts: imbalance of the routers, before its coefficient; training only
-    )
+    AUX_LOSS = "aux_loss"  # mixtures of experts: imbalance of the routers, before its coefficient
     # Nats per completion token: exact over the vocabulary at evaluation (of KL_PAIRS pairs), an estimate in training.
     KL = "kl"
     # Of the policy over the vocabulary, exact, mean over completion tokens of both sides, nats. At evaluation only:
@@ -78,6 +78,7 @@ OF_WATCHING = {
     Metric.KL_SAMPLED, Metric.KL_SAMPLED_K1, Metric.WATCH_LENGTH, Metric.WATCH_DISTINCT_1, Metric.WATCH_DISTINCT_2,
     Metric.WATCH_SELF_BLEU, Metric.WATCH_REPETITION, Metric.WATCH_REFUSALS,
 }  # fmt: skip
+# Not what a model is chosen by: of steps only, the same at each evaluation, or not of every model.
 OF_STEPS_ONLY = {
     Metric.GRAD_NORM, Metric.LEARNING_RATE, Metric.EPOCH, Metric.NUM_TOKENS, Metric.TOKENS_PER_SECOND,
     Metric.TRUNCATED, Metric.AUX_LOSS,

@@ -25,5 +25,6 @@ PAIR_COLUMNS: dict[str, str] = {
     "reference_chosen_mean_logps": "the sum divided by the tokens",
     "reference_rejected_mean_logps": "the same of the rejected answer",
     "margin": "rewards/margins of this pair; null in SFT",
-    "loss": "this pair's share of the loss; the mean over a step's pairs is the step's loss",
+    "loss": "this pair's share of the loss; the mean over a step's pairs is the step's loss "
+    "(at an evaluation without the routers' auxiliary part, which is no pair's)",
 }

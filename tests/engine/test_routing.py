@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from tests.engine.architectures import ARCHITECTURES, uneven_pairs
 from tests.engine.conftest import NewRun, run_maker
 from tests.engine.policies import bend, gradients, tiny_config, tiny_data, tiny_policy
 from tests.engine.test_trl import BETA, trl_trainer
-from training.engine import loop
+from training.engine import evaluate, evaluation, loop
 from training.engine.data import TokenizedPair
 from training.engine.errors import RefusedError
 from training.engine.logps import token_logps
+from training.engine.metrics import Window
 from training.engine.objective import Objective, PairLogps
 from training.engine.packed import packed_states
 from training.engine.plain import padded_states, single_states
 from training.engine.policy import Placement, Policy, load_policy, use_fast_layout
-from training.engine.routing import LoadBalance
+from training.engine.routing import LoadBalance, Routing
 
 COEFFICIENT = 0.5
 
@@ -143,6 +145,44 @@ def test_a_run_reports_it_and_its_loss_has_it_however_the_batch_is_cut(
     assert first["loss"] == pytest.approx(without["loss"] + first["aux_loss"], rel=1e-6)
     for step, values in points["whole"].items():
         assert values == pytest.approx(points["cut"][step], rel=2e-4, abs=2e-5), step
+
+
+def test_the_loss_of_an_evaluation_is_what_a_step_over_the_same_pairs_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight pairs, one batch, the weights before step 1; the evaluation cut into several forwards as well."""
+    make: NewRun = run_maker(tmp_path, ARCHITECTURES["qwen3-moe"].build(tmp_path / "model"))
+    found = []
+    for name, budget in (("whole", 100_000), ("cut", 300)):
+        monkeypatch.setattr(evaluation, "token_budget", lambda placement, budget=budget: budget)
+        run = make(
+            name, pairs=8, eval_path=str(tmp_path / "train-8.jsonl"), per_device_train_batch_size=8, max_steps=1,
+            gradient_accumulation_steps=1, lora_dropout=0.0, router_aux_loss_coef=0.5, target_modules=["q_proj"],
+        )  # fmt: skip
+        assert run.train() == 0, run.result
+        step, found_here = run.points("train")[1], run.points("eval")
+        assert step["aux_loss"] > 1
+        assert found_here[0]["eval_aux_loss"] == pytest.approx(step["aux_loss"], rel=1e-5)
+        assert found_here[0]["eval_loss"] == pytest.approx(step["loss"], rel=1e-5)
+        assert found_here[0]["eval_loss"] == pytest.approx(math.log(2) + 0.5 * step["aux_loss"], rel=1e-5)
+        found.append(found_here[1])
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
+    assert evaluate(run.path)["metrics"] == pytest.approx(
+        {key: value for key, value in found[1].items() if "watch" not in key}, rel=1e-4, abs=1e-6
+    )
+
+
+def test_shares_of_an_evaluation_have_the_routing_of_the_whole() -> None:
+    draw = torch.Generator().manual_seed(1)
+    parts = [Routing(*torch.rand(2, 4, generator=draw), torch.tensor(float(n))) for n in (3, 5)]
+    windows = [Window(Objective(tiny_config(Path()))) for _ in parts]
+    nothing = torch.zeros(1, dtype=torch.float64)
+    logps = PairLogps(nothing, nothing, nothing, nothing + 1, nothing + 1, nothing, nothing, nothing)
+    for window, part in zip(windows, parts, strict=True):
+        window.add(nothing, logps)
+        window.add_routing(part)
+    merged = Window.merged(windows[0].objective, [window.state() for window in windows])
+    assert merged.values()["aux_loss"] == pytest.approx(float(parts[0].joined(parts[1]).aux_loss), rel=1e-6)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from training.engine.pair_record import PairRecord
 from training.engine.policy import Placement, Policy, load_tokenizer, use_fast_layout
 from training.engine.preflight import check_config
 from training.engine.reference import score_reference
+from training.engine.routing import LoadBalance
 from training.engine.training_run import make_quiet_and_deterministic, prepare_split
 
 
@@ -82,5 +83,6 @@ def measure(
         folder = Path(config.reference_cache_dir) if config.reference_cache_dir else run_dir / "reference"
         reference = score_reference(policy, pairs, folder, progress=lambda done, total: None)
     nothing = PairRecord(run_dir, objective, wanted=False)
-    evaluator = Evaluator(policy, pairs, reference, objective)
+    balance = LoadBalance.of(policy.scorer, config.router_aux_loss_coef)
+    evaluator = Evaluator(policy, pairs, reference, objective, balance)
     return evaluator.evaluate(lambda done: None, record=nothing, step=step)

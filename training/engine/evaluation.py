@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -14,6 +15,7 @@ from training.engine.objective import Objective, PairLogps, mean_chosen_tokens
 from training.engine.pair_record import PairRecord
 from training.engine.policy import Policy
 from training.engine.reference import ReferenceLogps, token_budget
+from training.engine.routing import LoadBalance, known
 
 KEEP_BYTES = 256 * 2**20  # hidden states of the reference, kept from one evaluation to the next
 
@@ -27,8 +29,10 @@ class Evaluator:
         pairs: Sequence[TokenizedPair],
         reference: ReferenceLogps | None,
         objective: Objective,
+        balance: LoadBalance | None = None,
     ) -> None:
         self._policy, self._reference, self._objective = policy, reference, objective
+        self._balance = balance
         self._tokens_per_pair = mean_chosen_tokens(pairs) if pairs else 0.0
         budget = token_budget(policy.scorer.placement)
         self._num_pairs = len(pairs)
@@ -58,7 +62,8 @@ class Evaluator:
         `progress` gets the pairs done, and may raise to leave.
         """
         shares = self._world.together(lambda: self._share(progress, record, step).state())
-        return as_evaluation(Window.merged(self._objective, shares).values())
+        values = Window.merged(self._objective, shares).values()
+        return as_evaluation(values if self._balance is None else self._balance.onto(values))
 
     def _share(self, progress: Callable[[int], None], record: PairRecord, step: int) -> Window:
         """The batches of this rank."""
@@ -66,10 +71,12 @@ class Evaluator:
         mine = sum(len(batch) for batch, _, counts in self._batches if counts)
         for number, (batch, with_kl, counts) in enumerate(self._batches):
             theirs = self._reference_hidden(number, batch) if with_kl else None
-            with self._policy.inference():
+            with self._policy.inference(), self._balance.recording() if self._balance else nullcontext():
                 states = self._policy.scorer(batch)
             if not counts:
                 continue
+            if self._balance is not None:
+                window.add_routing(known(states.routing))
             with torch.no_grad():
                 other_head = None if theirs is None else self._policy.reference_head
                 tokens = token_statistics(states.hidden, states.labels, self._policy.head, theirs, other_head)

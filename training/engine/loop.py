@@ -94,7 +94,6 @@ class Loop:
         self.identity, self.fingerprint = identity, fingerprint
         self.state = RunState()
         self.objective = Objective(config)
-        self.evaluator = Evaluator(policy, evaluation, reference, self.objective)
         self.world = policy.scorer.placement.world
         self.record = PairRecord(run_dir, self.objective, self.world, wanted=config.record_pairs)
         self.scorer = policy.scorer
@@ -104,6 +103,7 @@ class Loop:
                 "The parallelism fsdp cannot keep the use of the experts balanced.",
                 "Set router_aux_loss_coef to 0, or the parallelism to data.",
             )
+        self.evaluator = Evaluator(policy, evaluation, reference, self.objective, self.balance)
         self.trainable = policy.trainable
         plan = policy.activations
         self.has_dropout = config.finetuning_type != "full" and config.lora_dropout > 0

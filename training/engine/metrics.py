@@ -11,6 +11,7 @@ import torch
 from training.contract import EVAL_PREFIX, Metric
 from training.engine.logps import sampled_kl
 from training.engine.objective import Objective, PairLogps
+from training.engine.routing import Routing
 
 
 @dataclasses.dataclass
@@ -27,6 +28,7 @@ class Window:
     _nll: torch.Tensor | None = None  # sum over chosen tokens, and their number
     _kl: torch.Tensor | None = None
     _entropy: torch.Tensor | None = None
+    _routing: torch.Tensor | None = None  # of an evaluation: [2 E + 1], the sums of a `Routing`
 
     @torch.no_grad()
     def add(self, losses: torch.Tensor, logps: PairLogps, *, truncated: int = 0) -> None:
@@ -53,6 +55,10 @@ class Window:
         self._entropy = total if self._entropy is None else self._entropy + total
         self.entropy_tokens += len(tokens)
 
+    def add_routing(self, routing: Routing) -> None:
+        total = torch.cat([routing.chosen, routing.probability, routing.tokens[None]]).detach().double()
+        self._routing = total if self._routing is None else self._routing + total
+
     def add_sampled_kl(self, logps: PairLogps) -> None:
         if logps.reference_tokens is not None:
             self.add_kl(sampled_kl(logps.policy_tokens, logps.reference_tokens))
@@ -70,6 +76,9 @@ class Window:
         result[Metric.TRUNCATED] = self.truncated / self.num_pairs
         if self._kl is not None:
             result[Metric.KL] = float(self._kl) / self.kl_tokens
+        if self._routing is not None:
+            chosen, probability = self._routing[:-1].chunk(2)
+            result[Metric.AUX_LOSS] = float(Routing(chosen, probability, self._routing[-1]).aux_loss)
         return result | dict.fromkeys(self.objective.undefined_metrics)
 
     # --- shares of one window, of several ranks -----------------------------------------------------

@@ -8,7 +8,9 @@ both over the tokens of all layers. It is computed for each batch of `per_device
 however a token budget cuts that batch, over all tokens of both sequences of every pair: a prompt counts
 twice, once for each of its answers (SFT: once), in every layout; padding never counts. The step's loss is
     loss + router_aux_loss_coef * mean over its pairs of the aux of their batch
-as TRL has it. Evaluation does not compute it: `eval_loss` is the objective alone.
+as TRL has it. An evaluation is one batch of all its pairs, however it is cut: its loss is
+    eval_loss = mean over the pairs + router_aux_loss_coef * aux
+so that `loss` and `eval_loss` are of the same thing.
 """
 
 from __future__ import annotations
@@ -49,6 +51,11 @@ class Routing:
             chosen = chosen.index_add(0, best.flatten(), weights.repeat_interleave(top_k))
             probability = probability + weights @ shares
         return cls(chosen, probability, weights.sum() * len(layers))
+
+    @property
+    def aux_loss(self) -> torch.Tensor:
+        """aux of these tokens alone, []."""
+        return len(self.chosen) * (self.chosen * self.probability).sum() / self.tokens**2
 
     def joined(self, other: Routing) -> Routing:
         return Routing(
@@ -108,13 +115,29 @@ class LoadBalance:
         if len(forwards) > 1:
             with torch.no_grad():
                 self._whole = functools.reduce(
-                    Routing.joined, (_known(run(pairs).routing) for pairs in forwards)
+                    Routing.joined, (known(run(pairs).routing) for pairs in forwards)
                 )
             reseed()
 
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Forwards in here, of an evaluation, say how their tokens were routed."""
+        self._scorer.routed = True
+        try:
+            yield
+        finally:
+            self._scorer.routed = False
+
+    def onto(self, values: dict[str, float | None]) -> dict[str, float | None]:
+        """The values of an evaluation whose routing was recorded, its loss with the auxiliary part."""
+        loss, aux = values.get(Metric.LOSS), values.get(Metric.AUX_LOSS)
+        if loss is None or aux is None:
+            return values
+        return values | {Metric.LOSS: loss + self.coefficient * aux}
+
     def added(self, losses: torch.Tensor, routing: Routing | None) -> torch.Tensor:
         """Losses [B] of this forward's pairs, each with the same part of what their routing adds to the step."""
-        part = _known(routing)
+        part = known(routing)
         whole = self._whole or part
         frequency = whole.chosen / whole.tokens
         aux = len(frequency) * (frequency * part.probability / whole.tokens).sum().double() * self._num_pairs
@@ -135,7 +158,7 @@ class LoadBalance:
         return {Metric.AUX_LOSS: sum(s for s, _ in sums) / sum(n for _, n in sums)} if sums else {}
 
 
-def _known(routing: Routing | None) -> Routing:
+def known(routing: Routing | None) -> Routing:
     if routing is None:
         raise RefusedError(
             "The routers of this mixture of experts cannot be read, so their use cannot be balanced.",
