@@ -59,19 +59,19 @@ def bytes_per_layer(layers: Layers, *, dropout: bool, size: int, fused: bool = F
     """Bytes that one layer keeps of one token. `size`: bytes of a weight; `rank`: of an adapter on all linears.
 
     In float32 whatever the weights are: the inputs of two norms (not fused: of two more, behind attention and
-    mlp) and of a norm on queries and keys. In `size`: what the norms give, lowered once for each of the five
-    linear layers that read it; queries, keys, values, the attention's result; gate and up (not fused: their
-    product and silu(gate), too); rank values at each of seven adapters. Dropout adds a byte an input (fused),
-    else 1.4 of `size`: a dropped copy and its noise.
+    mlp) and of a norm on queries and keys; queries, keys, values and the attention's result. In `size`: what the
+    norms give (twice; lowered, once for each of the five linear layers that read it) and the attention's result,
+    if lowered; gate and up (not fused: their product and silu(gate), too); rank values at each of seven adapters.
+    Dropout adds a byte an input (fused), else 1.4 of `size`: a dropped copy and its noise.
 
     Measured with saved-tensor hooks on Llama, Qwen3 and Gemma 3 in both precisions: never above this by more
     than 2 %, for which the layer more of `bytes_per_token` stands, and down to 20 % below.
     """
-    h, a = layers.hidden_size, layers.attention_width + layers.key_value_width
+    h, a, kv = layers.hidden_size, layers.attention_width, layers.key_value_width
     i = layers.intermediate_size * layers.experts_per_token
-    norms, reads, parts = (2 if fused else 4), (2 if size == 4 else 5), (2 if fused else 4)
-    found = 4.0 * (norms * h + a) + float(size) * (reads * h + 2 * a + parts * i + 7 * rank)
-    inputs = 5 * h + layers.attention_width + i
+    norms, parts, inputs = (2 if fused else 4), (2 if fused else 4), 5 * h + a + i
+    read = 2 * h if size == 4 else 5 * h + a
+    found = 4.0 * (norms * h + 3 * (a + kv)) + float(size) * (read + parts * i + 7 * rank)
     return found + (inputs * (1.0 if fused else 1.4 * size) if dropout else 0.0)
 
 
