@@ -104,6 +104,26 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, dama
     assert not newest.is_dir(), "it is set aside"
 
 
+def test_the_newest_of_two_runs_is_taken_and_at_the_same_step_the_runs_own(tmp_path: Path) -> None:
+    """A run that goes on from another has that one's best from the start, and it may be older."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    own.mkdir()
+    other.mkdir()
+    steps = {}
+    for folder, step in ((own, 2), (other, 2), (other, 6), (other, 8)):
+        steps[folder, step] = save(folder, step)
+
+    def taken() -> Path | None:
+        loaded = find_checkpoint(own, str(steps[other, 6]), OURS, say=lambda text: None)
+        return None if loaded is None else loaded.path
+
+    assert taken() == steps[other, 6]
+    same = save(own, 6)
+    assert taken() == same
+    newer = save(own, 7)
+    assert taken() == newer
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ["older", "same", "two"])
 def test_death_at_any_moment_of_a_save_leaves_a_good_checkpoint(tmp_path: Path, before: str) -> None:
@@ -177,6 +197,7 @@ def test_a_failed_save_puts_back_what_it_replaces(tmp_path: Path, monkeypatch: p
 SETTINGS: dict[str, Any] = {"pairs": 24, "num_train_epochs": 2, "eval_steps": 3, "save_steps": 2}
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_ends_with_44_and_the_run_goes_on_when_it_is_gone(new_run: NewRun) -> None:
     """A real one: the kernel refuses the optimizer's file in the middle."""
     run, undisturbed = new_run("run", **SETTINGS), new_run("undisturbed", **SETTINGS)

@@ -215,7 +215,8 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_run, "fuse", lambda model, adapter: 0)
 
 
-@pytest.mark.parametrize("checkpointing", ["off", pytest.param("on", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
 @pytest.mark.usefixtures("unfused")
 def test_divided_weights_train_what_whole_ones_train(new_run: NewRun, checkpointing: str) -> None:
     """FSDP: each rank holds half of every layer; bit for bit what two whole models give."""

@@ -97,7 +97,7 @@ def test_each_file_holds_the_evaluation_and_the_training_pairs_met_since_the_las
         assert sum(row["loss"] for row in mine) / len(mine) == pytest.approx(point["loss"], abs=1e-9)
 
 
-@pytest.mark.parametrize(("step", "elsewhere"), [(6, False), (7, True)])
+@pytest.mark.parametrize(("step", "elsewhere"), [pytest.param(6, False, marks=pytest.mark.slow), (7, True)])
 def test_a_continued_run_has_the_same_rows_as_an_undisturbed_one(
     new_run: NewRun, step: int, elsewhere: bool
 ) -> None:

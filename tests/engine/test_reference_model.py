@@ -99,6 +99,7 @@ def test_the_first_evaluation_is_that_of_plain_logits(
     assert result["reference"] == sentence.get(case, "The reference is model with the adapter adapter.")
 
 
+@pytest.mark.slow
 def test_another_reference_has_its_own_place_in_the_cache_and_its_own_checkpoints(
     new_run: NewRun, other_model: Path
 ) -> None:

@@ -53,7 +53,7 @@ def assert_same(run: RunFolder, undisturbed: RunFolder, from_step: int) -> None:
     assert run.result["initial_metrics"] == undisturbed.result["initial_metrics"]
 
 
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 7])
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     new_run: NewRun, undisturbed: RunFolder, step: int
 ) -> None:
@@ -74,6 +74,7 @@ def test_another_attempt_continues_from_the_checkpoint_it_is_given(
     assert_same(again, undisturbed, 5)
 
 
+@pytest.mark.slow
 def test_another_seed_would_differ(new_run: NewRun, undisturbed: RunFolder) -> None:
     other = new_run("other", **(SETTINGS | {"seed": 1}))
     assert other.train() == 0
@@ -125,7 +126,12 @@ def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", ["optimizer.safetensors missing", "adapter.safetensors bit", "MANIFEST.json missing"]
+    "kind",
+    [
+        "adapter.safetensors bit",
+        pytest.param("optimizer.safetensors missing", marks=pytest.mark.slow),
+        pytest.param("MANIFEST.json missing", marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
     new_run: NewRun, undisturbed: RunFolder, kind: str
@@ -138,6 +144,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
     assert_same(run, undisturbed, 6)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_of_an_earlier_attempt_is_left_alone_and_the_one_before_is_taken(
     new_run: NewRun, undisturbed: RunFolder
 ) -> None:

@@ -232,7 +232,13 @@ def test_without_validation_the_last_model_is_offered(new_run: NewRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "after", "elsewhere"), [(6, False, True), (6, True, False), (8, False, True), (9, True, False)]
+    ("step", "after", "elsewhere"),
+    [
+        pytest.param(6, False, True, marks=pytest.mark.slow),
+        pytest.param(6, True, False, marks=pytest.mark.slow),
+        (8, False, True),
+        pytest.param(9, True, False, marks=pytest.mark.slow),
+    ],
 )
 def test_the_best_survives_an_interruption(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch, step: int, after: bool, elsewhere: bool
@@ -254,6 +260,7 @@ def test_the_best_survives_an_interruption(
     assert 6 in steps_on_disk(run)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_goes_on_from_the_newest_not_from_the_best_it_took_along(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,7 +216,7 @@ def test_a_run_watches_at_every_evaluation(new_run: NewRun) -> None:
     assert run.result["metrics"]["eval_watch/refusals"] == 0.0
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("elsewhere", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_continued_run_says_the_same_words(new_run: NewRun, elsewhere: bool) -> None:
     def words(of: RunFolder) -> dict[str, str]:
         return {path.name: path.read_text() for path in (of.path / "watch").iterdir()}
