@@ -10,7 +10,7 @@ import sys
 # whole steps over 10 times. Waiting this short costs nothing where nobody else computes.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from training.engine.command_line import main  # noqa: E402
+from training.engine.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

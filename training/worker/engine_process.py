@@ -27,7 +27,8 @@ PR_SET_PDEATHSIG = 1
 # What the engine needs of this process's environment: never its secrets (database, broker, keys).
 PASSED_ON = (
     "PATH", "HOME", "USER", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
-    "DYLD_LIBRARY_PATH", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "XDG_CACHE_HOME", "HF_HOME", "SSL_CERT_FILE",
+    "DYLD_LIBRARY_PATH", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "XDG_CACHE_HOME", "HF_HOME",
+    "SSL_CERT_FILE",
 )  # fmt: skip
 PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "PYTORCH_", "TORCH_", "TRITON_", "CUBLAS_")
 
