@@ -1,7 +1,8 @@
 """The benchmark against TRL: `make bench`, or `python -m bench --model FOLDER [--rounds 5] [--only steps …]`.
 
 Prints and writes a Markdown table. Ratios come from rounds in which both took turns in one process; the memory
-is that of a process each. Run it on a quiet machine: neighbours that come and go are in the spread.
+is that of a process each. Run it on a quiet machine: neighbours that come and go are in the spread. On a CUDA device
+both sides compute in bfloat16; there `--random 1b --tokens 8192` and the like fill it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the engine's own process has it, for both sides
+
+import torch
+
+from bench.random_models import RANDOM_SHAPES, random_model
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("steps", "epochs", "memory", "exactness", "startup")
 STARTER = "SmolLM2-135M-Instruct"
@@ -35,15 +42,22 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, help=f"a model folder; by default {STARTER}, converted if needed"
     )
+    parser.add_argument("--random", choices=RANDOM_SHAPES, help="instead: random weights in this shape")
+    parser.add_argument(
+        "--tokens", type=int, default=0, help="of a step, in the part steps: as many pairs as that takes"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "RESULTS.md")
     arguments = parser.parse_args()
     model = (arguments.model or starter_model()).resolve()
+    if arguments.random:
+        model = random_model(arguments.random, model)
+    measures = MEASURES | {"steps": functools.partial(steps, tokens=arguments.tokens)}
     rows: list[Row] = []
     for part in arguments.only:
         began = time.monotonic()
-        found = MEASURES[part](model, arguments.rounds)
+        found = measures[part](model, arguments.rounds)
         print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
         for row in found:
             print("  " + " | ".join(row), flush=True)
@@ -54,22 +68,23 @@ def main() -> None:
     print(text)
 
 
-def steps(model: Path, rounds: int) -> list[Row]:
-    """One optimizer step each on the same pairs; TRL with its reference computed beforehand, fp32 both."""
-    from bench.contenders import Ours, Trl, quiet, run_config, trl_trainer
+def steps(model: Path, rounds: int, tokens: int = 0) -> list[Row]:
+    """One optimizer step each on the same pairs; TRL with its reference computed beforehand, one precision."""
+    from bench.contenders import PRECISION, Ours, Trl, quiet, run_config, trl_trainer
     from bench.shapes import SHAPES, pairs_of
 
     result: list[Row] = []
     for shape in SHAPES:
         with tempfile.TemporaryDirectory() as name:
-            count = shape.batch_size * (rounds + 1)
+            batch_size = tokens // (shape.prompt + shape.chosen + shape.rejected) or shape.batch_size
+            count = batch_size * (rounds + 1)
             pairs = pairs_of(shape, count, tokenizer_of(model), max_length=512, seed=1)
-            config = run_config(model, per_device_train_batch_size=shape.batch_size)
+            config = run_config(model, per_device_train_batch_size=batch_size)
             with quiet():
                 ours = Ours(config, pairs, Path(name) / "ours", rounds + 1)
                 trainer = trl_trainer(
                     model, pairs, Path(name) / "trl",
-                    per_device_train_batch_size=shape.batch_size, precompute_ref_log_probs=True,
+                    per_device_train_batch_size=batch_size, precompute_ref_log_probs=True,
                 )  # fmt: skip
                 trainer.get_train_dataloader()  # computes the reference
                 trl = Trl(trainer)
@@ -84,7 +99,9 @@ def steps(model: Path, rounds: int) -> list[Row]:
                     ratios.append(theirs / mine)
                     seconds.append(mine)
             least, aim = GOALS[shape.name]
-            what = f"step, {shape.name} (batch {shape.batch_size}), vs TRL fp32 with precomputed reference"
+            what = (
+                f"step, {shape.name} (batch {batch_size}), vs TRL in {PRECISION} with precomputed reference"
+            )
             measured = f"{spread(ratios)}; ours {spread(seconds, ' s')}; losses apart by {apart:.0e} at most"
             result.append((what, measured, least, aim))
             gc.collect()
@@ -102,7 +119,9 @@ def epochs(model: Path, rounds: int) -> list[Row]:
             pairs = pairs_of(shape, EPOCH_PAIRS, tokenizer_of(model), max_length=512, seed=100 + number)
             found.append(one_round(model, pairs, shape.batch_size, Path(name) / str(number)))
             gc.collect()
-    what = f"whole run of {EPOCH_PAIRS} pairs from folder to adapter, {shape.name}, vs TRL's default reference, fp32"
+    what = (
+        f"whole run of {EPOCH_PAIRS} pairs from folder to adapter, {shape.name}, vs TRL's default reference"
+    )
     return [
         (f"{what}", spread([each.trl / each.cold for each in found]), "2.4 ×", "3.5 ×"),
         (
@@ -115,6 +134,7 @@ def epochs(model: Path, rounds: int) -> list[Row]:
 
 
 def memory(model: Path, rounds: int) -> list[Row]:
+    from bench.contenders import PRECISION
     from bench.memory import BATCH_SIZE, measure
 
     trl = measure("trl", model, bf16=True, gradient_checkpointing=True)
@@ -122,7 +142,7 @@ def memory(model: Path, rounds: int) -> list[Row]:
     return [
         (
             f"peak memory, batch {BATCH_SIZE} of long pairs, vs TRL's defaults (bf16, checkpointing)",
-            f"{trl / ours:.1f} × less ({trl:.0f} → {ours:.0f} MB in fp32); "
+            f"{trl / ours:.1f} × less ({trl:.0f} → {ours:.0f} MB in {PRECISION}); "
             f"with gradient_checkpointing {trl / checkpointed:.1f} × ({checkpointed:.0f} MB)",
             "2.2 ×", "3.5 ×",
         )
@@ -167,8 +187,11 @@ MEASURES: dict[str, Callable[[Path, int], list[Row]]] = {
 
 
 def timed(call: Callable[[], float]) -> tuple[float, float]:
+    """A step ends with its loss as a number, which a GPU gives when all before it is done; then what follows it."""
     began = time.perf_counter()
     value = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began, value
 
 

@@ -28,6 +28,8 @@ from training.engine.order import Order
 from training.engine.policy import Placement, load_policy, load_tokenizer, use_fast_layout
 from training.engine.reference import score_reference
 
+CUDA = torch.cuda.is_available()
+PRECISION = "bfloat16" if CUDA else "float32"  # of both, unless a part says otherwise
 BETA, LEARNING_RATE, LORA_R, LORA_ALPHA = 0.1, 1e-4, 16, 32
 
 
@@ -35,7 +37,7 @@ def run_config(model: Path, **settings: Any) -> RunConfig:
     defaults: dict[str, Any] = {
         "run_id": "bench", "model_path": str(model), "train_path": "", "beta": BETA, "learning_rate": LEARNING_RATE,
         "lora_r": LORA_R, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0, "max_length": 512, "warmup_ratio": 0.0,
-        "lr_scheduler_type": "constant", "gradient_accumulation_steps": 1, "dtype": "float32",
+        "lr_scheduler_type": "constant", "gradient_accumulation_steps": 1, "dtype": PRECISION,
     }  # fmt: skip
     return RunConfig(**(defaults | settings))
 
@@ -119,10 +121,9 @@ def trl_trainer(model: Path, pairs: Sequence[dict[str, Any]], folder: Path, **se
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    cpu = not torch.cuda.is_available()
     defaults: dict[str, Any] = {
         "output_dir": str(folder), "beta": BETA, "learning_rate": LEARNING_RATE, "max_length": 512,
-        "use_cpu": cpu, "bf16": False, "gradient_checkpointing": False, "report_to": [],
+        "use_cpu": not CUDA, "bf16": CUDA, "gradient_checkpointing": False, "report_to": [],
         "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "num_train_epochs": 1, "save_strategy": "no",
         "logging_strategy": "no", "disable_tqdm": True, "seed": 42,
     }  # fmt: skip

@@ -21,7 +21,7 @@ class Seconds:
 
 
 def one_round(model: Path, rows: list[dict[str, Any]], batch_size: int, folder: Path) -> Seconds:
-    """Interleaved in this process, fp32 on both sides."""
+    """Interleaved in this process, one precision on both sides."""
     folder.mkdir(parents=True)
     return Seconds(
         trl=trl_run(model, rows, batch_size, folder / "trl"),

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from bench.contenders import BETA, LORA_ALPHA, LORA_R, Ours, Trl, quiet, run_config, trl_trainer
+from bench.contenders import BETA, CUDA, LORA_ALPHA, LORA_R, Ours, Trl, quiet, run_config, trl_trainer
 
+DEVICE = "cuda" if CUDA else "cpu"
 Named = dict[str, torch.Tensor]
 
 
@@ -39,7 +40,7 @@ def plain_float64(model: Path, pairs: list[Any], adapter: Named) -> tuple[float,
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).to(DEVICE)
     policy = get_peft_model(
         base,
         LoraConfig(task_type="CAUSAL_LM", r=LORA_R, lora_alpha=LORA_ALPHA, target_modules="all-linear"),
@@ -48,10 +49,10 @@ def plain_float64(model: Path, pairs: list[Any], adapter: Named) -> tuple[float,
     parameters = {name: tensor for name, tensor in policy.named_parameters() if tensor.requires_grad}
     with torch.no_grad():
         for name, tensor in parameters.items():
-            tensor.data = adapter[name].double()
+            tensor.data = adapter[name].double().to(DEVICE)
 
     def logp(prompt: Any, side: Any) -> torch.Tensor:
-        ids = torch.tensor([[*prompt.tolist(), *side.tolist()]])
+        ids = torch.tensor([[*prompt.tolist(), *side.tolist()]], device=DEVICE)
         logits = policy(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         return torch.log_softmax(logits, -1).gather(-1, ids[0, len(prompt) :, None]).sum()
 
@@ -63,11 +64,11 @@ def plain_float64(model: Path, pairs: list[Any], adapter: Named) -> tuple[float,
         loss = -torch.nn.functional.logsigmoid(BETA * margin) / len(pairs)
         loss.backward()
         total += loss.item()
-    return total, torch.cat([parameters[name].grad.flatten() for name in adapter])  # type: ignore[union-attr]
+    return total, flat(parameters, adapter)
 
 
 def ours_at(model: Path, rows: list[dict[str, Any]], dtype: str, folder: Path) -> tuple[Ours, list[str]]:
-    config = run_config(model, per_device_train_batch_size=len(rows), dtype=dtype, device="cpu")
+    config = run_config(model, per_device_train_batch_size=len(rows), dtype=dtype)
     ours = Ours(config, rows, folder, 1)
     return ours, list(ours.policy.trainable)
 

@@ -1,6 +1,7 @@
-"""Peak resident memory of two steps of four long pairs, one process each: `python -m bench.memory ours|trl MODEL`.
+"""Peak memory of two steps of four long pairs, one process each: `python -m bench.memory ours|trl MODEL`.
 
-The process is its own measure: what the import of libraries costs is part of it, on both sides.
+On a CPU the process is its own measure: what the import of libraries costs is part of it, on both sides. On a CUDA
+device it is what its tensors took at most.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ def run(who: str, model: Path, settings: dict[str, object]) -> None:
 
 
 def peak_mb() -> float:
+    import torch
+
     from training.engine.outputs import resident_peak_bytes
 
-    return resident_peak_bytes() / 2**20
+    cuda = torch.cuda.is_available()
+    return (torch.cuda.max_memory_allocated() if cuda else resident_peak_bytes()) / 2**20
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ class RunConfig:
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 2
     gradient_accumulation_steps: int = 8
-    learning_rate: float = 5e-6
+    learning_rate: float = 5e-5  # for adapters; all weights want 5e-7 to 5e-6
     lr_scheduler_type: str = "linear"
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0

@@ -74,7 +74,7 @@ def test_from_the_first_link_to_a_model_that_answers(
     walk.go_on(page, "Settings & Options")
 
     walk.fill_settings(page, name="The road", model_name="Road-v1", **QUICK)
-    expect(page.locator("#summary")).to_contain_text("learning_rate 0.01 instead of 5e-6")
+    expect(page.locator("#summary")).to_contain_text("learning_rate 0.01 instead of 5e-5")
     expect(page.locator("#summary .badge-good").first).to_have_text("Ready")
     walk.look(page, "step-3")
     walk.go_on(page, "Review and create the task")

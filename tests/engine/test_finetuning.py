@@ -30,6 +30,7 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_loads(new_run: NewRun
 
     run = new_run(num_train_epochs=4, **FULL)
     assert run.train() == 0
+    assert "high where all weights are trained" in run.texts()
     assert_starts_at_ln_2(run)
     result = run.result
     assert result["metrics"]["eval_kl"] > 1e-4
@@ -50,6 +51,7 @@ def test_full_fine_tuning_leaves_a_model_that_transformers_loads(new_run: NewRun
 
     again = new_run("again", model_path=str(run.path / "model"), max_steps=1)
     assert again.train() == 0
+    assert "all weights" not in again.texts()
     assert_starts_at_ln_2(again)
     assert again.points("eval")[0]["eval_logps/chosen"] == pytest.approx(
         result["metrics"]["eval_logps/chosen"], rel=1e-5

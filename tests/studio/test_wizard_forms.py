@@ -113,7 +113,7 @@ def test_what_is_right_is_kept_beside_what_is_wrong(draft: TrainingTask) -> None
     values = form.values()
     assert (values["model_name"], values["name"]) == ("Kept", "")
     assert values["parameters"]["beta"] == 0.3
-    assert values["parameters"]["learning_rate"] == 5e-6
+    assert values["parameters"]["learning_rate"] == 5e-5
 
 
 def test_an_adapter_to_start_from_decides_its_rank(draft: TrainingTask, alice: Any) -> None:

@@ -128,8 +128,8 @@ def test_beta_bands_are_named(beta: float, band: str) -> None:
 
 
 def test_differences_say_both_values() -> None:
-    (found,) = recipes.differences({"learning_rate": 5e-5, "lora_r": 16})
-    assert (found.parameter.label, found.value, found.default) == ("learning_rate", "5e-5", "5e-6")
+    (found,) = recipes.differences({"learning_rate": 5e-6, "lora_r": 16})
+    assert (found.parameter.label, found.value, found.default) == ("learning_rate", "5e-6", "5e-5")
     (found,) = recipes.differences({"target_modules": ["q_proj", "v_proj"]})
     assert (found.value, found.default) == ("q_proj, v_proj", "all linear layers")
 

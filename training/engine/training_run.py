@@ -66,6 +66,9 @@ FIRST_SETTINGS = {
 }  # fmt: skip
 
 
+MOST_FOR_ALL_WEIGHTS = 1e-5
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     train: list[TokenizedPair]
@@ -96,6 +99,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
     order = Order.of(config, len(data.train))
     world.together(interrupts.check)
     say_idle_devices(config, world, events)
+    say_high_rate(config, events)
 
     events.phase("loading_model")
     policy = load_policy(config, placement, data.train[:2])
@@ -199,6 +203,16 @@ def say_idle_devices(config: RunConfig, world: World, events: EventLog) -> None:
             f"{world.size - steps} of the {world.size} devices will have nothing to do in a step: set "
             f"gradient_accumulation_steps to {world.size} or more (the effective batch is "
             "per_device_train_batch_size × gradient_accumulation_steps on any number of devices).",
+            "warning",
+        )
+
+
+def say_high_rate(config: RunConfig, events: EventLog) -> None:
+    """The default is for adapters, which want ten times and more of what all weights want."""
+    if config.finetuning_type == "full" and config.learning_rate > MOST_FOR_ALL_WEIGHTS:
+        events.log(
+            f"A learning_rate of {config.learning_rate:g} is high where all weights are trained: the model may lose "
+            "what it knew. 5e-7 to 5e-6 is usual.",
             "warning",
         )
 
