@@ -16,6 +16,12 @@ SMALLEST_SHARE = {"cpu": 1, "cuda": 8}
 ROOM = {"cpu": 0.5, "cuda": 0.8}
 
 
+# Bytes of one of the four parts that an mlp of its own keeps of lowered weights: three in float32, one lowered.
+UNFUSED_LOW = 3.5
+# DoRA keeps what its layers give, to scale it.
+DORA = 1.7
+
+
 class Layers(Protocol):
     """What the arithmetic needs to know of a model's layers."""
 
@@ -55,34 +61,47 @@ class ActivationPlan:
         return f"Activations are kept for the backward pass: about {need} for {self.tokens:,} tokens."
 
 
-def bytes_per_layer(layers: Layers, *, dropout: bool, size: int, fused: bool = False, rank: int = 0) -> float:
+def bytes_per_layer(
+    layers: Layers, *, dropout: bool, size: int, fused: bool = False, rank: int = 0, dora: bool = False
+) -> float:
     """Bytes that one layer keeps of one token. `size`: bytes of a weight; `rank`: of an adapter on all linears.
 
     In float32 whatever the weights are: the inputs of two norms (not fused: of two more, behind attention and
     mlp) and of a norm on queries and keys; queries, keys, values and the attention's result. In `size`: what the
     norms give (twice; lowered, once for each of the five linear layers that read it) and the attention's result,
-    if lowered; gate and up (not fused: their product and silu(gate), too); rank values at each of seven adapters.
+    if lowered; gate and up (not fused: their product and silu(gate), too, which lowered layers give in float32);
+    rank values at each of seven adapters.
     Dropout adds a byte an input (fused), else 1.4 of `size`: a dropped copy and its noise.
 
-    Measured with saved-tensor hooks on Llama, Qwen3 and Gemma 3 in both precisions: never above this by more
-    than 2 %, for which the layer more of `bytes_per_token` stands, and down to 20 % below.
+    Measured with saved-tensor hooks on Llama, Qwen3 and Gemma 3 in both precisions, LoRA and DoRA: never above this by
+    more than 2 %, for which the layer more of `bytes_per_token` stands, and down to 20 % below (a third with adapters
+    on attention alone).
     """
     h, a, kv = layers.hidden_size, layers.attention_width, layers.key_value_width
     i = layers.intermediate_size * layers.experts_per_token
     norms, parts, inputs = (2 if fused else 4), (2 if fused else 4), 5 * h + a + i
     read = 2 * h if size == 4 else 5 * h + a
-    found = 4.0 * (norms * h + 3 * (a + kv)) + float(size) * (read + parts * i + 7 * rank)
-    return found + (inputs * (1.0 if fused else 1.4 * size) if dropout else 0.0)
+    part = size if fused or size == 4 else UNFUSED_LOW
+    found = 4.0 * (norms * h + 3 * (a + kv)) + float(size) * (read + 7 * rank) + float(part * parts * i)
+    found += inputs * (1.0 if fused else 1.4 * size) if dropout else 0.0
+    return found * DORA if dora else found
 
 
 def bytes_per_token(
-    layers: Layers, *, dropout: bool, size: int, checkpointed: bool, fused: bool = False, rank: int = 0
+    layers: Layers,
+    *,
+    dropout: bool,
+    size: int,
+    checkpointed: bool,
+    fused: bool = False,
+    rank: int = 0,
+    dora: bool = False,
 ) -> float:
     """Bytes that all layers keep of one token.
 
     A layer more is at work in the backward pass. Computed again, all layers but the one at work keep 1.25 hidden.
     """
-    layer = bytes_per_layer(layers, dropout=dropout, size=size, fused=fused, rank=rank)
+    layer = bytes_per_layer(layers, dropout=dropout, size=size, fused=fused, rank=rank, dora=dora)
     if checkpointed:
         return layers.num_layers * 1.25 * layers.hidden_size * 4 + layer
     return (layers.num_layers + 1) * layer
@@ -101,6 +120,7 @@ def plan_activations(
     switch: str = "auto",
     fused: bool = False,
     rank: int = 0,
+    dora: bool = False,
 ) -> ActivationPlan:
     """The largest token budget whose activations fit beside `fixed_bytes` (weights, adapter, runtime …).
 
@@ -115,7 +135,9 @@ def plan_activations(
     while budgets[-1] // 2 >= least:
         budgets.append(budgets[-1] // 2)
     kept, again = (
-        bytes_per_token(layers, dropout=dropout, size=size, checkpointed=checkpointed, fused=fused, rank=rank)
+        bytes_per_token(
+            layers, dropout=dropout, size=size, checkpointed=checkpointed, fused=fused, rank=rank, dora=dora
+        )
         for checkpointed in (False, True)
     )
 

@@ -262,6 +262,7 @@ def _activations(
         switch=str(parameters.get("gradient_checkpointing", "auto")),
         fused=is_fused(shape, parameters),
         rank=0 if is_full(parameters) else int(parameters["lora_r"]),
+        dora=bool(parameters.get("use_dora")) and not is_full(parameters),
     )
 
 

@@ -78,8 +78,8 @@ OF_WATCHING = {
     Metric.KL_SAMPLED, Metric.KL_SAMPLED_K1, Metric.WATCH_LENGTH, Metric.WATCH_DISTINCT_1, Metric.WATCH_DISTINCT_2,
     Metric.WATCH_SELF_BLEU, Metric.WATCH_REPETITION, Metric.WATCH_REFUSALS,
 }  # fmt: skip
-# Not what a model is chosen by: of steps only, the same at each evaluation, or not of every model.
-OF_STEPS_ONLY = {
+# Of steps only, the same at each evaluation, or not of every model.
+NOT_CHOSEN_BY = {
     Metric.GRAD_NORM, Metric.LEARNING_RATE, Metric.EPOCH, Metric.NUM_TOKENS, Metric.TOKENS_PER_SECOND,
     Metric.TRUNCATED, Metric.AUX_LOSS,
 }  # fmt: skip
@@ -87,7 +87,7 @@ OF_STEPS_ONLY = {
 
 def evaluation_keys() -> tuple[str, ...]:
     """Every key that an evaluation may have and that differs from one evaluation to the next."""
-    keys = [value for name, value in vars(Metric).items() if name.isupper() and value not in OF_STEPS_ONLY]
+    keys = [value for name, value in vars(Metric).items() if name.isupper() and value not in NOT_CHOSEN_BY]
     return tuple(EVAL_PREFIX + key for key in keys)
 
 

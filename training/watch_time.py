@@ -34,17 +34,18 @@ def watch_seconds(
     num_eval_pairs: int,
     num_evaluations: int,
 ) -> float:
-    """Once by the reference, and by the policy at each evaluation. `prompt`: mean tokens of one.
+    """Once by the reference, where the method has one, and by the policy at each evaluation.
 
-    Answers may have watch_max_new_tokens tokens and are taken to. With N active parameters, each token reads them
-    once for all prompts of a batch and computes 2N for each; prompts cost 2N a token. At each evaluation policy and
-    reference then read prompt and answer once more, for the sampled KL. What `parameters` do not say has the
-    engine's default.
+    `prompt`: mean tokens of one. Answers may have watch_max_new_tokens tokens and are taken to. With N active
+    parameters, each token reads them once for all prompts of a batch and computes 2N for each; prompts cost 2N a
+    token. At each evaluation policy and reference then read prompt and answer once more, for the sampled KL. What
+    `parameters` do not say has the engine's default.
     """
     settings = {name: parameters.get(name, getattr(RunConfig, name)) for name in SETTINGS}
     prompts, answer = int(settings["watch_prompts"]), int(settings["watch_max_new_tokens"])
     if not settings["watch_path"]:
         prompts = min(prompts, num_eval_pairs)
+    reference = not (parameters.get("method", "dpo") in ("sft", "orpo") or parameters.get("simpo_gamma"))
     if not num_evaluations or not prompts or parameters.get("parallelism") == "fsdp":
         return 0.0
     kind, forward = machine.device, 2 * active_parameters / machine.flops
@@ -52,5 +53,5 @@ def watch_seconds(
     passes = math.ceil(prompts / WATCH_ROWS[kind]) * answer
     tokens = prompts * (prompt + answer)
     answering = passes * (FLOOR_SECONDS_PER_TOKEN[kind] + reading) + tokens * forward
-    scoring = 2 * tokens * forward if settings["watch_temperature"] == 1.0 else 0.0
-    return (num_evaluations + 1) * answering + num_evaluations * scoring
+    scoring = 2 * tokens * forward if reference and settings["watch_temperature"] == 1.0 else 0.0
+    return (num_evaluations + reference) * answering + num_evaluations * scoring

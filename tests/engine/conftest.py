@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,11 @@ def new_run(tmp_path: Path, tiny_model: Path) -> NewRun:
 
 
 @pytest.fixture
-def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products and attention take bfloat16, on a CPU too, and products give what a GPU's give: float32 sums."""
     for module in (products, shared_attention, fused):
         monkeypatch.setattr(module, "computes_low", lambda device: True)
-    monkeypatch.setattr(products, "wide_product", lambda x, weight: x.float() @ weight.float().T)
+    monkeypatch.setattr(products, "_mixed", lambda x, y: x.float() @ y.float())
+    products.gives_float32.cache_clear()
+    yield
+    products.gives_float32.cache_clear()

@@ -29,6 +29,9 @@ SHAPES: dict[str, Any] = {
 }
 
 
+PLANNED_BY = ("dropout", "size", "fused", "rank", "dora")
+
+
 def kept_bytes(policy: Policy, pairs: list[TokenizedPair]) -> int:
     """Distinct memory that autograd holds after a forward, weights aside."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in policy.model.parameters()}
@@ -59,6 +62,11 @@ def kept_bytes(policy: Policy, pairs: list[TokenizedPair]) -> int:
         ("qwen3", "float32", {}, True),
         ("gemma3", "float32", {"lora_dropout": 0.0}, False),
         ("gemma3", "bfloat16", {}, False),
+        ("gemma3", "bfloat16", {"lora_dropout": 0.0}, False),
+        ("gemma3", "bfloat16", {"lora_dropout": 0.0, "target_modules": ("attention",)}, False),
+        ("smollm2", "float32", {"use_dora": True}, False),
+        ("smollm2", "bfloat16", {"use_dora": True}, False),
+        ("smollm2", "bfloat16", {"use_dora": True, "lora_dropout": 0.0}, False),
     ],
 )
 def test_the_plan_is_at_least_what_is_really_kept_and_not_much_more(
@@ -92,14 +100,12 @@ def test_the_plan_is_at_least_what_is_really_kept_and_not_much_more(
         kept.append(kept_bytes(policy, pairs))
     assert planned[0]["fused"] is fused
     assert estimates.is_fused(planned[0]["shape"], dataclasses.asdict(config)) is fused
-    planned_layer = bytes_per_layer(
-        planned[0]["shape"], **{key: planned[0][key] for key in ("dropout", "size", "fused", "rank")}
-    )
+    planned_layer = bytes_per_layer(planned[0]["shape"], **{key: planned[0][key] for key in PLANNED_BY})
     measured = (kept[1] - kept[0]) / 2 / sum(pair.num_tokens for pair in pairs)
     assert 0.98 <= planned_layer / measured <= (1.25 if fused else 1.55)
     whole = bytes_per_token(
         planned[0]["shape"], checkpointed=False,
-        **{key: planned[0][key] for key in ("dropout", "size", "fused", "rank")},
+        **{key: planned[0][key] for key in PLANNED_BY},
     )  # fmt: skip
     assert whole * sum(pair.num_tokens for pair in pairs) > kept[0]
 

@@ -7,6 +7,7 @@ summed log-probabilities of answers, and on gradients, over several pairs: one l
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.architectures import Architecture
+from tests.engine.architectures import ARCHITECTURES, Architecture
 from tests.engine.policies import bend, tiny_config
 from tests.engine.test_architectures import in_float64
 from tests.starter import starter_folder
+from training.engine import fused
 from training.engine.adapters import POLICY
 from training.engine.data import TokenizedPair
 from training.engine.fused import fuse
@@ -156,11 +158,68 @@ def test_policy_and_reference_are_one_before_the_first_step(tmp_path: Path, targ
     policy = load_policy(config, Placement.choose(config), pairs[:1])
     use_fast_layout(policy, pairs)
     fuse(policy.model, POLICY)
+    assert_one(policy, pairs)
+
+
+def assert_one(policy: Policy, pairs: list[TokenizedPair]) -> None:
+    """What is trained, what is evaluated, and the reference."""
     ours = torch.cat(engine(policy, pairs))
+    with policy.inference():
+        evaluated = torch.cat(engine(policy, pairs))
     with policy.reference():
         reference = torch.cat(engine(policy, pairs))
     assert ours.requires_grad and not reference.requires_grad
+    torch.testing.assert_close(ours.detach(), evaluated, rtol=0, atol=2e-5)
     torch.testing.assert_close(ours.detach(), reference, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("products_of", ["cpu", "gpu"])
+def test_they_are_one_where_an_adapter_is_trained_on(
+    tmp_path: Path, request: pytest.FixtureRequest, products_of: str, use_dora: bool
+) -> None:
+    if products_of == "gpu":
+        request.getfixturevalue("like_a_gpu")
+    pairs = wide_pairs(2, SMOLLM2.settings["vocab_size"], longest=20)
+    folder = kept_low(SMOLLM2.build(tmp_path / "model"))
+    first = tiny_config(folder, dtype="bfloat16", use_dora=use_dora)
+    made = load_policy(first, Placement.choose(first), pairs[:1])
+    bend(made)
+    made.model.save_pretrained(tmp_path / "adapter")
+    config = dataclasses.replace(first, adapter_path=str(tmp_path / "adapter"))
+    policy = load_policy(config, Placement.choose(config), pairs[:1])
+    use_fast_layout(policy, pairs)
+    fuse(policy.model, POLICY)
+    assert_one(policy, pairs)
+
+
+def test_a_new_dora_starts_as_its_base(tmp_path: Path) -> None:
+    pairs = wide_pairs(2, SMOLLM2.settings["vocab_size"], longest=20)
+    config = tiny_config(kept_low(SMOLLM2.build(tmp_path)), dtype="bfloat16", use_dora=True)
+    policy = load_policy(config, Placement.choose(config), pairs[:1])
+    use_fast_layout(policy, pairs)
+    assert_one(policy, pairs)
+
+
+def test_norms_and_mlps_of_low_weights_are_taken_over_after_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = wide_pairs(1, SMOLLM2.settings["vocab_size"], longest=10)
+    config = tiny_config(kept_low(SMOLLM2.build(tmp_path)), dtype="bfloat16")
+    layers = SMOLLM2.settings["num_hidden_layers"]
+    assert (
+        fuse(load_policy(config, Placement.choose(config), pairs).model, POLICY) == layers * (7 + 1 + 2) + 1
+    )
+    wrong = staticmethod(lambda ctx, gate, *_: gate.new_full((*gate.shape[:-1], 96), 7.0))
+    monkeypatch.setattr(fused._GatedLoraLinear, "forward", wrong)
+    assert fuse(load_policy(config, Placement.choose(config), pairs).model, POLICY) == layers * (7 + 2) + 1
+
+
+def test_the_cache_knows_how_a_reference_rounded(tmp_path: Path) -> None:
+    pairs = wide_pairs(1, SMOLLM2.settings["vocab_size"], longest=10)
+    folder = SMOLLM2.build(tmp_path)
+    low, full = (loaded(folder, pairs, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert "between" in low.numerics and "between" not in full.numerics
 
 
 def test_what_autocast_keeps_in_float32_is_kept_where_the_checkpoint_has_it(tmp_path: Path) -> None:
@@ -171,3 +230,12 @@ def test_what_autocast_keeps_in_float32_is_kept_where_the_checkpoint_has_it(tmp_
     assert low and all("proj.base_layer" in name for name in low)
     assert not any("norm" in name or "embed" in name for name in low)
     assert policy.head.weight.dtype == torch.bfloat16
+
+
+def test_layer_norms_of_low_checkpoints_run_on_a_cpu(tmp_path: Path) -> None:
+    """torch's kernel there refuses float32 rows beside bfloat16 weights."""
+    pairs = wide_pairs(2, 200, longest=20)
+    config = tiny_config(kept_low(ARCHITECTURES["phi"].build(tmp_path)), dtype="bfloat16")
+    policy = load_policy(config, Placement.choose(config), pairs[:1])
+    use_fast_layout(policy, pairs)
+    assert_one(policy, pairs)

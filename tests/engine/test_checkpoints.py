@@ -124,6 +124,16 @@ def test_the_newest_of_two_runs_is_taken_and_at_the_same_step_the_runs_own(tmp_p
     assert taken() == newer
 
 
+def test_a_copy_under_another_name_says_its_step_itself(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    own.mkdir()
+    other.mkdir()
+    save(own, 6)
+    copy = save(other, 8).rename(other / "the good one")
+    loaded = find_checkpoint(own, str(copy), OURS, say=lambda text: None)
+    assert loaded is not None and loaded.path == copy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ["older", "same", "two"])
 def test_death_at_any_moment_of_a_save_leaves_a_good_checkpoint(tmp_path: Path, before: str) -> None:

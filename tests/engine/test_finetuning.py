@@ -215,7 +215,7 @@ def test_an_adapter_starts_where_such_a_checkpoint_was_once_it_is_a_folder(new_r
         merge(full.path, checkpoint="step-000002", out_dir=full.path / "model")
 
 
-def test_bfloat16_keeps_trained_weights_in_float32_and_saves_what_it_computed_with(
+def test_bfloat16_keeps_trained_weights_in_float32_and_saves_them_lowered(
     new_run: NewRun,
 ) -> None:
     """An update of 1e-6 on a weight of 1 does not exist in bfloat16."""

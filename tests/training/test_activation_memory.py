@@ -37,7 +37,7 @@ def plan(shape: Shape, **changes: Any) -> ActivationPlan:
 def test_what_fits_is_kept() -> None:
     found = plan(SMALL)
     assert (found.checkpointed, found.token_budget, found.tokens) == (False, 32768, 32768)
-    float32, lowered = 4 * 576 + 3 * (576 + 192), 5 * 576 + 576 + 4 * 1536
+    float32, lowered = 4 * 576 + 3 * (576 + 192) + 3 * 1536, 5 * 576 + 576 + 1536
     assert found.activation_bytes == found.kept_bytes == 32768 * 31 * (4 * float32 + 2 * lowered)
 
 
@@ -51,9 +51,9 @@ def test_the_engine_s_own_functions_and_the_rank_are_counted() -> None:
 
 
 def test_a_gpu_with_less_room_gets_shorter_forwards_before_anything_is_computed_twice() -> None:
-    budgets = [plan(SMALL, memory_bytes=memory * GIB).token_budget for memory in (80, 32, 16, 10)]
+    budgets = [plan(SMALL, memory_bytes=memory * GIB).token_budget for memory in (80, 40, 20, 12)]
     assert budgets == [32768, 16384, 8192, 4096]
-    assert not plan(SMALL, memory_bytes=10 * GIB).checkpointed
+    assert not plan(SMALL, memory_bytes=12 * GIB).checkpointed
     assert plan(SMALL, memory_bytes=4 * GIB).checkpointed
 
 
@@ -67,14 +67,14 @@ def test_a_large_model_computes_again_with_as_many_tokens_as_then_fit() -> None:
     found = plan(LARGE, fixed_bytes=18 * GIB, memory_bytes=48 * GIB)
     assert (found.checkpointed, found.token_budget) == (True, 16384)
     assert found.activation_bytes < found.kept_bytes / 8
-    assert plan(LARGE, fixed_bytes=18 * GIB, memory_bytes=139 * GIB).token_budget == 8192
-    assert not plan(LARGE, fixed_bytes=18 * GIB, memory_bytes=139 * GIB).checkpointed
+    assert plan(LARGE, fixed_bytes=18 * GIB, memory_bytes=160 * GIB).token_budget == 8192
+    assert not plan(LARGE, fixed_bytes=18 * GIB, memory_bytes=160 * GIB).checkpointed
 
 
 def test_the_longest_pair_and_the_batch_bound_a_forward() -> None:
     assert plan(SMALL, batch_size=2).tokens == 3000
-    long = plan(SMALL, longest=50_000)
-    assert (long.tokens, long.checkpointed) == (50_000, False)
+    long = plan(SMALL, longest=40_000)
+    assert (long.tokens, long.checkpointed) == (40_000, False)
     assert plan(SMALL, longest=200_000).checkpointed
 
 
@@ -87,7 +87,7 @@ def test_a_cpu_plans_with_half_of_its_memory_and_keeps_its_budget() -> None:
 
 def test_dropout_costs_memory_and_experts_do() -> None:
     plain = bytes_per_token(SMALL, dropout=False, size=2, checkpointed=False)
-    assert bytes_per_token(SMALL, dropout=True, size=2, checkpointed=False) > 1.35 * plain
+    assert bytes_per_token(SMALL, dropout=True, size=2, checkpointed=False) > 1.25 * plain
     mixture = dataclasses.replace(SMALL, experts_per_token=8)
     assert bytes_per_token(mixture, dropout=False, size=2, checkpointed=False) > 3 * plain
 
@@ -103,5 +103,5 @@ def test_without_knowing_the_memory_everything_is_kept() -> None:
 
 
 def test_the_sentence_says_which_and_how_much() -> None:
-    assert "are kept" in plan(SMALL).sentence and "36,456 MB for 32,768" in plan(SMALL).sentence
+    assert "are kept" in plan(SMALL).sentence and "45,384 MB for 32,768" in plan(SMALL).sentence
     assert "again in the backward pass" in plan(LARGE, memory_bytes=24 * GIB).sentence

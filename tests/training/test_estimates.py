@@ -88,14 +88,14 @@ def test_kinds_of_training_are_counted_as_the_engine_keeps_them() -> None:
 
 
 def test_kept_activations_agree_with_saved_tensor_hooks() -> None:
-    """Measured on SmolLM2-135M, bytes per token of all layers: with the engine's own functions, and with DoRA,
-    which is peft's."""
+    """Measured on SmolLM2-135M, bytes per token of all layers: with the engine's own functions, and with peft's,
+    which run where weights are divided."""
     tokens = PairTokens(prompt=0, longest=256)
-    for dropout, use_dora, measured in (
-        (0.0, False, 846_363), (0.05, False, 996_123), (0.0, True, 1_215_003), (0.05, True, 2_083_611)
+    for dropout, parallelism, measured in (
+        (0.0, "data", 846_363), (0.05, "data", 996_123), (0.0, "fsdp", 1_215_003), (0.05, "fsdp", 2_083_611)
     ):  # fmt: skip
         parameters = recipes.resolve({"lora_dropout": dropout, "per_device_train_batch_size": 1})
-        found = estimates.memory(starter(), parameters | {"use_dora": use_dora}, tokens, CPU)
+        found = estimates.memory(starter(), parameters | {"parallelism": parallelism}, tokens, CPU)
         assert measured <= found.activations / (2 * 256) <= 1.25 * measured
 
 
@@ -208,6 +208,10 @@ def test_watch_prompts_are_answered_by_the_reference_once_and_at_each_evaluation
     assert seconds(eval_pairs=2) < seconds() < 2 * seconds(eval_pairs=2)
     assert seconds(eval_pairs=0) == seconds(watch_prompts=0) == seconds(evaluations=0) == 0
     assert seconds(parallelism="fsdp") == 0
+    for without in ({"method": "sft"}, {"method": "orpo"}, {"simpo_gamma": 0.5}):
+        assert seconds(**without) == pytest.approx(cold / 2), (
+            "no reference answers, and none is compared with"
+        )
     assert seconds(eval_pairs=0, watch_path="prompts.jsonl") == seconds()
     assert seconds(H200) == pytest.approx(2 * 32 * 0.025, rel=0.05)
 

@@ -42,6 +42,7 @@ def use_activations(policy: Policy, config: RunConfig, pairs: Sequence[Tokenized
             switch=config.gradient_checkpointing,
             fused=is_fused(policy),
             rank=adapter["r"] if adapter else 0,
+            dora=adapter is not None and "dora" in adapter["kind"],
         )
     if plan.checkpointed:
         policy.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

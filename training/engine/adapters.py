@@ -16,6 +16,7 @@ from torch import nn
 from training.contract import AdapterFacts, AdapterKind, RunConfig
 from training.engine.errors import RefusedError
 from training.engine.experts import explain_dropout, split_experts
+from training.engine.products import LOW
 from training.engine.starting_point import StartingPoint, base_sha256, same_tokens
 from training.engine.target_modules import resolve
 
@@ -79,13 +80,25 @@ def new_adapter(base: Any, config: RunConfig) -> Any:
         target_parameters=experts or None,
     )
     try:
-        return get_peft_model(base, settings)
+        model = get_peft_model(base, settings)
+        _measure_lengths(model)
+        return model
     except ValueError as error:
         explain_dropout(error, config.lora_dropout)
         raise RefusedError(
             f"The adapter cannot be put on this model: {_first_line(error)}",
             "Choose target_modules that the model has.",
         ) from error
+
+
+def _measure_lengths(model: Any) -> None:
+    """DoRA's, in float32: peft rounds them to what low weights are kept in, and then policy and base are not one."""
+    for module in model.modules():
+        lengths = getattr(module, "lora_magnitude_vector", {})
+        for vector in lengths.values():
+            weight = module.get_base_layer().weight
+            if weight.dtype in LOW and weight.ndim == 2:
+                vector.weight.data = torch.linalg.norm(weight.float(), dim=1).to(vector.weight.dtype)
 
 
 def continued_adapter(base: Any, config: RunConfig, start: StartingPoint) -> Any:

@@ -79,6 +79,9 @@ def load_base(config: RunConfig, placement: Placement) -> Any:
     if plain and config.finetuning_type != "full" and dtype != placement.dtype:
         lower(base, placement.dtype)
     if not placement.exact:
+        for module in base.modules():  # a CPU's kernel refuses float32 rows beside bfloat16 weights
+            if isinstance(module, nn.LayerNorm):
+                module.float()
         # Frozen weights in bfloat16 halve the memory; a float32 residual stream keeps most of the exactness.
         base.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
     return base

@@ -263,8 +263,13 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _step(path: Path) -> int:
-    """-1 for a folder of another name."""
-    return int(path.name[5:]) if path.name[:5] == "step-" and path.name[5:].isdigit() else -1
+    """A folder of another name, a copy, is asked itself; -1 if it cannot say."""
+    if path.name[:5] == "step-" and path.name[5:].isdigit():
+        return int(path.name[5:])
+    try:
+        return int(read_manifest(path)["step"])
+    except (ValueError, KeyError):
+        return -1
 
 
 def _candidates(run_dir: Path, resume_from: str) -> list[Path]:

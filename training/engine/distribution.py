@@ -34,7 +34,9 @@ def token_statistics(
     `reference_head` where the reference projects its states with another weight [V, H'] than the policy.
     """
     logps, entropies, divergences = [], [], []
-    head, other_head = head.ready(), (reference_head or head).ready()
+    shared = reference_head is None or reference_head is head
+    head = head.ready()
+    other_head = head if shared or reference_head is None else reference_head.ready()
     theirs = row_chunks(hidden if reference is None else reference)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, targets, other in zip(row_chunks(hidden), row_chunks(labels), theirs, strict=True):

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TypedDict
 
 from training.contract import DataCounts, RunConfig
+from training.engine.adapters import POLICY
 from training.engine.data import TokenizedPair, data_sha256
 from training.engine.errors import RefusedError
 from training.engine.evaluation import Evaluator
 from training.engine.events import LoggedEvents, finite
 from training.engine.finished import find_kept, load_config, load_kept
+from training.engine.fused import fuse
 from training.engine.objective import NO_REFERENCE, Objective
 from training.engine.outputs import versions
 from training.engine.pair_record import PairRecord
@@ -57,6 +59,7 @@ def evaluate(run_dir: Path, *, checkpoint: str = "", data: str = "") -> Evaluati
     )
     policy = load_kept(config, kept, placement, pairs[:1])
     events.log(use_fast_layout(policy, pairs))
+    fuse(policy.model, POLICY)  # as in training: low weights round otherwise without it
     metrics = measure(policy, pairs, config, run_dir, step=kept.step or 0)
     return {
         "weights": kept.name,

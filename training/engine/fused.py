@@ -1,8 +1,8 @@
 """Fewer passes over memory for stock Llama-like blocks: LoRA beside its frozen layer, gated MLPs, RMS norms.
 
 Each function computes what peft and transformers compute, keeps less for the backward pass and leaves no
-temporary tensors behind. A module is taken over only when its parts are the plain ones and a trial gives the
-same; everything else stays as it is.
+temporary tensors behind; of low weights it rounds less than they do. A module is taken over only when its parts
+are the plain ones and a trial gives the same; everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from training.engine.products import computes_low, product
+from training.engine.products import LOW, computes_low, product
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-COARSE_TOLERANCE = 0.05  # bf16
+FINE, COARSE_TOLERANCE = 1e-5, 0.05  # low weights: what only multiplies by them, and products
 TRIAL_ROWS = 3
 
 
@@ -43,15 +43,19 @@ def _draw(x: torch.Tensor, dropout: float) -> torch.Tensor | None:
     return None if dropout == 0 else torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
 
 
-def _forward(x: torch.Tensor, keep: torch.Tensor | None, lora: Lora, a: torch.Tensor, b: torch.Tensor) -> Any:
+def _forward(
+    x: torch.Tensor, keep: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, lora: Lora
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, in] -> y [T, out] and h = dropout(x) A^T [T, r], in float32 where the frozen weight is lower."""
     y = product(x, lora.weight)
     if lora.bias is not None:
         y += lora.bias
     h = product(_dropped(x, keep, lora.dropout), a)
-    return (
-        y.addmm_(h, b.T, alpha=lora.scale) if b.dtype == y.dtype else y.add_(product(h, b), alpha=lora.scale)
-    ), h
+    if b.dtype == y.dtype:
+        y.addmm_(h, b.T, alpha=lora.scale)
+    else:
+        y.add_(product(h, b), alpha=lora.scale)
+    return y, h
 
 
 def _backward(
@@ -87,10 +91,10 @@ class _LoraLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         keep = _draw(flat, lora.dropout)
         with torch.autocast(x.device.type, enabled=False):
-            y, h = _forward(flat, keep, *_operands(lora, a, b))
+            y, h = _forward(flat, keep, *_operands(lora, a, b), lora)
         ctx.save_for_backward(*_in_dtype_of(lora, flat, h), keep, a, b)
         ctx.lora, ctx.shape, ctx.dtype = lora, x.shape, x.dtype
-        return torch.Tensor.view(y, *x.shape[:-1], -1)
+        return torch.Tensor.view(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -116,10 +120,10 @@ class _GatedLoraLinear(torch.autograd.Function):
         flat = active.reshape(-1, active.shape[-1])
         keep = _draw(flat, lora.dropout)
         with torch.autocast(gate.device.type, enabled=False):
-            y, h = _forward(flat, keep, *_operands(lora, a, b))
+            y, h = _forward(flat, keep, *_operands(lora, a, b), lora)
         ctx.save_for_backward(*_in_dtype_of(lora, gate, up, h), keep, a, b)
         ctx.lora, ctx.dtype = lora, gate.dtype
-        return torch.Tensor.view(y, *gate.shape[:-1], -1)
+        return torch.Tensor.view(y, *gate.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -154,10 +158,10 @@ class _RmsNorm(torch.autograd.Function):
         return scaled.addcmul_(x, along, value=-1).mul_(inverse), None, None
 
 
-def _operands(lora: Lora, a: torch.Tensor, b: torch.Tensor) -> tuple[Lora, torch.Tensor, torch.Tensor]:
-    """With A and B for the forward pass: as they are kept where products are in float32 anyway."""
-    low, high = _in_dtype_of(lora, a, b) if computes_low(a.device) else (a, b)
-    return lora, low, high
+def _operands(lora: Lora, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B for the forward pass: as they are kept where products are in float32 anyway."""
+    dtype = lora.weight.dtype if computes_low(a.device) else a.dtype
+    return a.to(dtype), b.to(dtype)
 
 
 def _in_dtype_of(lora: Lora, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -173,7 +177,7 @@ def fuse(model: nn.Module, adapter: str) -> int:
         count += _fuse_mlp(module, adapter) or _fuse_norm(module)
     for module in model.modules():
         if _is_plain_lora(module, adapter):
-            _take_over(module, _lora_forward(module, adapter))
+            _take_over(module, _lora_forward(module))
             count += 1
     return count
 
@@ -193,29 +197,38 @@ def _is_plain_lora(module: nn.Module, adapter: str) -> bool:
     )  # fmt: skip
 
 
-def _settings(module: Any, adapter: str, x: torch.Tensor) -> Lora | None:
-    """None where this call is not the trained adapter's alone, or its dtypes are not what is computed here."""
-    if module.disable_adapters or module.merged or list(module.active_adapters) != [adapter]:
+Call = tuple[torch.Tensor, torch.Tensor, Lora]  # A, B, and the rest
+
+
+def _call(module: Any, x: torch.Tensor) -> Call | None:
+    """None where this call is not one plain adapter's alone, or its dtypes are not what is computed here.
+
+    Without gradient peft's own way is kept, whose last digits others know, unless weights are low: there it rounds
+    more, and policy, evaluation and reference must round alike.
+    """
+    active = list(module.active_adapters)
+    if module.disable_adapters or len(active) != 1 or not _is_plain_lora(module, active[0]):
         return None
-    base, dropout = module.get_base_layer(), module.lora_dropout[adapter]
+    (name,) = active
+    base, dropout = module.get_base_layer(), module.lora_dropout[name]
     kind = x.device.type
     computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if base.weight.dtype != computed or not torch.is_grad_enabled():
+    if base.weight.dtype != computed or not (torch.is_grad_enabled() or computed in LOW):
         return None
     share = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-    return Lora(base.weight, base.bias, module.scaling[adapter], share)
+    lora = Lora(base.weight, base.bias, module.scaling[name], share)
+    return module.lora_A[name].weight, module.lora_B[name].weight, lora
 
 
-def _lora_forward(module: Any, adapter: str) -> Callable[..., torch.Tensor]:
+def _lora_forward(module: Any) -> Callable[..., torch.Tensor]:
     original = module.forward
 
     def forward(self: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        lora = None if arguments or keywords else _settings(self, adapter, x)
-        if lora is None:
+        call = None if arguments or keywords else _call(self, x)
+        if call is None:
             result: torch.Tensor = original(x, *arguments, **keywords)
             return result
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        result = _LoraLinear.apply(x, a, b, lora)  # type: ignore[no-untyped-call]
+        result = _LoraLinear.apply(x, *call)  # type: ignore[no-untyped-call]
         return result
 
     return forward
@@ -233,12 +246,11 @@ def _fuse_mlp(module: Any, adapter: str) -> bool:
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        lora = _settings(self.down_proj, adapter, gate)
-        if lora is None:
+        call = _call(self.down_proj, gate)
+        if call is None:
             result: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
             return result
-        a, b = self.down_proj.lora_A[adapter].weight, self.down_proj.lora_B[adapter].weight
-        result = _GatedLoraLinear.apply(gate, up, a, b, lora)  # type: ignore[no-untyped-call]
+        result = _GatedLoraLinear.apply(gate, up, *call)  # type: ignore[no-untyped-call]
         return result
 
     if activation is None or not _takes_one(module) or not _is_silu(activation):
@@ -255,7 +267,7 @@ def _fuse_norm(module: Any) -> bool:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or not isinstance(weight, nn.Parameter) or weight.requires_grad:
         return False
-    if not isinstance(epsilon, float) or weight.dtype not in TOLERANCE or not _takes_one(module):
+    if not isinstance(epsilon, float) or weight.dtype not in (*TOLERANCE, *LOW) or not _takes_one(module):
         return False
     original = module.forward
 
@@ -267,7 +279,7 @@ def _fuse_norm(module: Any) -> bool:
         result: torch.Tensor = _RmsNorm.apply(x, self.weight, epsilon)  # type: ignore[no-untyped-call]
         return result
 
-    if not _same(module, original, forward, weight.shape[0]):
+    if not _same(module, original, forward, weight.shape[0], limit=TOLERANCE.get(weight.dtype, FINE)):
         return False
     _take_over(module, forward)
     return True
@@ -291,19 +303,26 @@ def _take_over(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
     module.forward = types.MethodType(forward, module)
 
 
-def _same(module: nn.Module, theirs: Callable[..., Any], ours: Callable[..., Any], width: int) -> bool:
-    """Both on random rows of the width that the module takes, without dropout."""
+def _same(
+    module: nn.Module, theirs: Callable[..., Any], ours: Callable[..., Any], width: int, *, limit: float = 0
+) -> bool:
+    """Both on random rows of the width that the module takes, without dropout; low weights as in a run."""
     weight = next(module.parameters())
+    low = weight.dtype in LOW
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(1, TRIAL_ROWS, width, generator=draw).to(weight.device, weight.dtype)
+    x = torch.randn(1, TRIAL_ROWS, width, generator=draw)
+    x = x.to(weight.device, torch.float32 if low else weight.dtype)
     was_training = module.training
     module.eval()
     try:
-        with torch.enable_grad():
+        with (
+            torch.enable_grad(),
+            torch.autocast(x.device.type, dtype=weight.dtype if low else None, enabled=low),
+        ):
             expected, found = theirs(x).double(), ours(module, x).double()
     except (TypeError, RuntimeError, ValueError, AttributeError):
         return False
     finally:
         module.train(was_training)
-    limit = TOLERANCE.get(weight.dtype, COARSE_TOLERANCE)
+    limit = limit or TOLERANCE.get(weight.dtype, COARSE_TOLERANCE)
     return bool((expected - found).norm() <= limit * expected.norm())

@@ -226,7 +226,8 @@ def _computing(config: RunConfig, placement: Placement, base: Any, model: Any) -
     if head.weight.dtype != placement.dtype:
         head = dataclasses.replace(head, compute_dtype=placement.dtype)
     numerics = " ".join(
-        ([] if config.finetuning_type == "lora" else [config.finetuning_type])
+        ([] if placement.exact else ["float32 between"])  # a reference that rounded otherwise is another
+        + ([] if config.finetuning_type == "lora" else [config.finetuning_type])
         + ([] if config.quantization == "none" else [config.quantization])
     )
     return Policy(

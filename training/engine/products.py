@@ -1,7 +1,8 @@
 """Matrix products of a frozen model that is kept in bfloat16: operands may be low, what comes out is float32.
 
 Autocast rounds what each linear layer gives to bfloat16. These roundings, carried from layer to layer, are most of
-what a gradient is off by: without them its error was half (DECISIONS.md). A GPU accumulates in float32 anyway and
+what a gradient is off by: without them its error was half (DECISIONS.md). Trained and quantised weights and stacked
+experts are not concerned. A GPU accumulates in float32 anyway and
 gives that away for more memory traffic; a CPU has no such product, so the forward is computed in float32 there,
 weight by weight. Backward products take bfloat16 and give it: they were measured to add next to nothing.
 """
@@ -9,12 +10,14 @@ weight by weight. Backward products take bfloat16 and give it: they were measure
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from typing import Any
 
 import torch
 from torch import nn
 
+logger = logging.getLogger(__name__)
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -42,21 +45,27 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def wide_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [n, in] weight^T [in, out] of low operands, summed and given in float32 where the device can."""
-    if _gives_float32(x.device.type, x.dtype):
-        wide: torch.Tensor = torch.ops.aten.mm.dtype(x, weight.T, torch.float32)
-        return wide
-    return (x @ weight.T).float()
+    return _mixed(x, weight.T) if gives_float32(x.device.type, x.dtype) else (x @ weight.T).float()
+
+
+def _mixed(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    wide: torch.Tensor = torch.ops.aten.mm.dtype(x, y, torch.float32)
+    return wide
 
 
 @functools.cache
-def _gives_float32(device: str, dtype: torch.dtype) -> bool:
+def gives_float32(device: str, dtype: torch.dtype) -> bool:
     """Tried once: whether this device's products have an output of another type than their operands."""
     one = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        result: torch.Tensor = torch.ops.aten.mm.dtype(one, one, torch.float32)
-    except (RuntimeError, NotImplementedError):
+        return bool((_mixed(one, one) == 16).all())
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the device
+    except (RuntimeError, AttributeError):
+        logger.info(
+            "Products of %s on %s are rounded to it: none that give float32 are there.", dtype, device
+        )
         return False
-    return result.dtype == torch.float32
 
 
 class _WideLinear(torch.autograd.Function):
@@ -70,7 +79,7 @@ class _WideLinear(torch.autograd.Function):
             y = product(x.reshape(-1, x.shape[-1]), weight)
             if bias is not None:
                 y += bias
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:

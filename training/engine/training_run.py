@@ -144,7 +144,8 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         interrupts=interrupts,
         identity=identity_of(config, data.train, policy),
         fingerprint=fingerprint(placement, policy.layout_name, config)
-        | {"gradient_checkpointing": str(activations.checkpointed), "fused": str(fused)},
+        | {"gradient_checkpointing": str(activations.checkpointed), "fused": str(fused)}
+        | ({} if placement.exact else {"rounding": "float32 between products"}),
         watch=watch,
     )
     resume(loop, config, run_dir, events)
