@@ -119,11 +119,11 @@ def test_a_failed_task_says_a_sentence_a_next_step_and_the_log_as_text(
 
 def test_settings_show_what_was_changed_and_what_the_reference_is(alice: Any, alice_client: Client) -> None:
     task = make_task(
-        alice, parameters={"learning_rate": 5e-5}, plan={"reference": "The reference is Safe-v1."}
+        alice, parameters={"learning_rate": 5e-6}, plan={"reference": "The reference is Safe-v1."}
     )
     text = text_of(alice_client, task)
     assert "The reference is Safe-v1." in text
-    assert re.search(r"<code>learning_rate</code></dt><dd[^>]*>5e-5 <span class=\"changed\"", text)
+    assert re.search(r"<code>learning_rate</code></dt><dd[^>]*>5e-6 <span class=\"changed\"", text)
     assert re.search(r"<code>beta</code></dt><dd[^>]*>0.1</dd>", text)
 
 
