@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.engine.conftest import NewRun, RunFolder
 from tests.engine.interruptions import StopAt
 from tests.tiny import build_tiny_model
 from training.contract import EVAL_PREFIX, PHASES, ExitCode, Metric
+from training.engine import session
 from training.engine.errors import explain
 from training.engine.loop import Loop
 
@@ -244,3 +246,23 @@ def test_a_long_step_says_between_its_batches_that_it_is_alive(
         if event["type"] == "phase" and event["phase"] == "training" and event["done"] == 0
     ]
     assert len(alive) >= 6
+
+
+def test_a_run_of_one_step_trains(new_run: NewRun) -> None:
+    """Warm-up starts at 0, and of one step 10 % are, rounded up, one."""
+    run = new_run(max_steps=1)
+    assert run.train() == 0
+    assert run.points("train")[1]["learning_rate"] > 0
+    assert run.result["metrics"]["eval_kl"] > 0
+
+
+def test_a_failure_of_the_command_is_said_on_its_error_stream(
+    new_run: NewRun, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(train_path="nowhere.jsonl")
+    monkeypatch.setattr(session, "open_log", lambda run_dir, rank: sys.stderr)
+    monkeypatch.setattr(session.Interrupts, "install", lambda self, stream: None)
+    monkeypatch.setattr(session.launch, "die_with_parent", lambda: None)
+    assert session.main(run.path) == 2
+    said = capfd.readouterr().err
+    assert run.result["error"] in said and run.result["next_step"] in said

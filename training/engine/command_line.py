@@ -208,7 +208,7 @@ def _answer(run_dir: Path, command: str, work: Callable[[], Mapping[str, Any]]) 
         outcome = {"status": "failed", "error": explanation.sentence, "next_step": explanation.next_step}
         if not isinstance(error, (EngineError, ConfigError)):
             logger.error("%s failed", command, exc_info=error)
-        sys.stderr.write(f"{explanation.sentence} {explanation.next_step}\n".replace(" \n", "\n"))
+        sys.stderr.write(explanation.line)
     try:
         write_atomically(path, json.dumps(outcome, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:

@@ -58,6 +58,11 @@ class Explanation:
     next_step: str
     exit_code: int
 
+    @property
+    def line(self) -> str:
+        """For a terminal."""
+        return f"{self.sentence} {self.next_step}".strip() + "\n"
+
 
 def is_disk_full(error: BaseException) -> bool:
     """safetensors reports ENOSPC as text in an error of its own."""

@@ -186,10 +186,12 @@ class Loop:
         from transformers import get_scheduler
 
         total = self.order.total_steps
+        # The first step of a warm-up has the rate 0: a run of nothing but warm-up would train nothing.
+        warmup = min(math.ceil(total * self.config.warmup_ratio), total - 1)
         scheduler = get_scheduler(
             self.config.lr_scheduler_type,
             torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
-            num_warmup_steps=math.ceil(total * self.config.warmup_ratio),
+            num_warmup_steps=warmup,
             num_training_steps=total,
         )
         share: Callable[[int], float] = scheduler.lr_lambdas[0]

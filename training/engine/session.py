@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,12 @@ def main(run_dir: Path) -> int:
     interrupts = Interrupts(run_dir)
     interrupts.install(stream)
     with open_events(run_dir, rank=launch.rank()) as events:
-        return run(run_dir, events=events, interrupts=interrupts)
+        explanation, _ = _attempt(run_dir, events, interrupts)
+    if explanation is None:
+        return ExitCode.OK
+    if launch.rank() == 0:
+        sys.stderr.write(explanation.line)
+    return explanation.exit_code
 
 
 def run(run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> int:

@@ -302,7 +302,7 @@ def prepare_split(
     if not tokenized:
         raise RefusedError(
             f"No {words} {noun} is left of {report.read}. {sentences[-1]}",
-            "Raise max_context_length, or correct the dataset.",
+            "Correct the dataset; where pairs were cut, raise max_length (max_context_length).",
         )
     return tokenized, report.counts()
 
