@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=order)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """No bytes in a test's name: gzip and zip write the time into theirs, and two workers of pytest-xdist that collect
+    in different seconds would then see different tests and refuse to begin."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_way_out() -> Iterator[None]:
     """A test that reaches for another machine fails at once, also where there is a network."""
