@@ -92,6 +92,7 @@ class DataCounts(TypedDict):
     dropped: int
     identical: int  # the two answers were the same from the start
     became_identical: int  # … after cutting
+    empty_answer: int  # an answer was empty text
     empty: int  # a side had no tokens
     became_empty: int  # the prompt left no room for the answer
     over_long: int  # longer than allowed, and truncation_mode is drop

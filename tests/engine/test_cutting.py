@@ -140,11 +140,14 @@ def test_every_pair_is_kept_or_dropped_for_one_reason_and_no_two_answers_are_the
     rule = CutRule(prompts, completions, mode)
     kept, report = tokenize_pairs(source, tokenizer, max_length=max_length, rule=rule)
     counts = report.counts()
-    reasons = ("identical", "became_identical", "empty", "became_empty", "over_long", "refused_by_template")
+    reasons = (
+        "identical", "became_identical", "empty_answer", "empty", "became_empty", "over_long", "refused_by_template",
+    )  # fmt: skip
     assert counts["read"] == len(rows)
     assert counts["kept"] == len(kept) == len(rows) - counts["dropped"]
     assert counts["dropped"] == sum(counts[reason] for reason in reasons)  # type: ignore[literal-required]
-    assert counts["identical"] == sum(c == r for _, c, r in rows)
+    assert counts["empty_answer"] == sum(not (c.strip() and r.strip()) for _, c, r in rows)
+    assert counts["identical"] == sum(c == r and bool(c.strip()) for _, c, r in rows)
     whole = {item.id: item for item in tokenize_pairs(source, tokenizer, max_length=10_000)[0]}
     assert counts["truncated"] == sum(item.num_tokens < whole[item.id].num_tokens for item in kept)
     for item in kept:

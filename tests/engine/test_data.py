@@ -13,6 +13,7 @@ from tests.engine.pairs import message, pair
 from tests.engine.policies import tiny_config
 from tests.tiny import build_tiny_model, tiny_pairs
 from training.engine.data import (
+    CHOSEN_SIDE,
     TokenizedPair,
     data_sha256,
     length_sorted_batches,
@@ -62,14 +63,78 @@ def test_a_model_without_template_is_refused_with_what_to_do(tmp_path: Path) -> 
     assert "chat_template.jinja" in refused.value.next_step
 
 
+USER, ANSWER = [message("hello", "user")], [message("good")]
+
+
 @pytest.mark.parametrize(
-    "line", ["{", "[]", "3", '{"prompt": []}', '{"prompt": "x", "chosen": [], "rejected": []}']
+    ("line", "words"),
+    [
+        ("{", "it is not JSON (Expecting property name enclosed in double quotes at character 2)"),
+        ("[", "it begins a list, and each line must be one object"),
+        ("[]", "it is a list, not an object"),
+        ("3", "it is the number 3, not an object"),
+        ('{"prompt": []}', "it has no chosen and no rejected; its keys are prompt"),
+        (
+            {"input": {"messages": USER}, "preferred_output": ANSWER, "non_preferred_output": ANSWER},
+            "it has no prompt and no chosen and no rejected; its keys are input, non_preferred_output, "
+            "preferred_output (the preference form of Together and OpenAI)",
+        ),
+        (
+            {"chosen": USER + ANSWER, "rejected": USER + ANSWER},
+            "TRL's form with the prompt inside both sides",
+        ),
+        (
+            {"prompt": "x", "chosen": "y", "rejected": "z"},
+            "its prompt is the text “x”, not a list of messages",
+        ),
+        ({"prompt": USER, "chosen": 3, "rejected": []}, "its chosen is the number 3, not a list of messages"),
+        ({"prompt": USER, "chosen": ANSWER, "rejected": ["z"]}, "its rejected is a list with the text “z”"),
+        ({"prompt": [{"role": "user"}], "chosen": [], "rejected": []}, "a message without content"),
+        (
+            {"prompt": USER, "chosen": [{"role": "assistant", "content": None}], "rejected": []},
+            "its chosen is a list with a message whose content is null",
+        ),
+    ],
 )
-def test_a_broken_line_is_named(line: str, tmp_path: Path) -> None:
+def test_a_line_of_another_form_is_named_with_what_was_found_and_what_is_read(
+    line: Any, words: str, tmp_path: Path
+) -> None:
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(tiny_pairs(1)[0]) + "\n" + line + "\n")
-    with pytest.raises(RefusedError, match=r"Line 2 of pairs\.jsonl"):
+    path.write_text(
+        f"{json.dumps(tiny_pairs(1)[0])}\n{line if isinstance(line, str) else json.dumps(line)}\n"
+    )
+    with pytest.raises(RefusedError) as refused:
         read_pairs(path)
+    assert refused.value.sentence.startswith(f"Line 2 of {path} is not a preference pair: ")
+    assert words in refused.value.sentence
+    expected = '"chosen": [{"role": "assistant", "content": "…"}], "rejected": [{"role": "assistant", "content": "…"}]}'
+    assert expected in refused.value.next_step
+
+
+def test_a_form_is_asked_only_for_the_sides_that_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(json.dumps({"prompt": USER, "completion": ANSWER}) + "\n")
+    assert read_pairs(path, sides=()) == [{"id": "1", "prompt": USER, "completion": ANSWER}]
+    with pytest.raises(RefusedError) as refused:
+        read_pairs(path, sides=CHOSEN_SIDE)
+    assert "is not an example with a prompt and a chosen answer: it has no chosen;" in refused.value.sentence
+    assert "TRL's prompt and completion" in refused.value.sentence
+    assert "rejected" not in refused.value.next_step
+
+
+@pytest.mark.parametrize("blank", [[], [message("")], [message(" \n\t")], [message("well"), message("")]])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_empty_answer_is_dropped_and_counted_not_learnt_as_its_end(
+    blank: list[dict[str, str]], side: str, tokenizer: Any
+) -> None:
+    source = tiny_pairs(3)
+    source[1][side] = blank
+    kept, report = tokenize_pairs(source, tokenizer, max_length=1024)
+    assert [item.id for item in kept] == ["pair-0000", "pair-0002"]
+    assert (report.counts()["empty_answer"], report.counts()["dropped"], report.counts()["kept"]) == (1, 1, 2)
+    assert "1 training pairs were dropped: an answer is empty text." in report.sentences("training", 1024)
+    kept, report = tokenize_pairs(source, tokenizer, max_length=1024, sides=CHOSEN_SIDE)
+    assert len(kept) == (2 if side == "chosen" else 3)  # SFT does not read the other answer
 
 
 def test_the_hash_sees_where_prompt_and_completion_meet() -> None:

@@ -10,7 +10,7 @@ the mode (`truncation_mode`):
 - `drop`: nothing is cut, neither by the parts' bounds nor by `max_length`: an over-long pair is dropped.
 
 Both sides always keep the same prompt, a leading BOS token stays, and the prompt's last token, which predicts the
-answers, too. A pair whose answers are the same after cutting, or one of whose sides is empty, is dropped. Nothing is
+answers, too. A pair whose answers are the same after cutting, or one of whose answers is empty, is dropped. Nothing is
 cut or dropped without being counted.
 """
 
@@ -110,6 +110,7 @@ class DataReport:
     completions_cut: int = 0  # of these, an answer
     identical: int = 0  # dropped: the answers were the same from the start
     became_identical: int = 0  # dropped: the answers were the same after cutting
+    empty_answer: int = 0  # dropped: an answer says nothing, so that only its end would be learnt
     empty: int = 0  # dropped: a side had no tokens
     became_empty: int = 0  # dropped: the prompt left no room for the answer
     over_long: int = 0  # dropped: the mode is drop
@@ -119,7 +120,7 @@ class DataReport:
     @property
     def dropped(self) -> int:
         return (
-            self.identical + self.became_identical + self.empty + self.became_empty
+            self.identical + self.became_identical + self.empty_answer + self.empty + self.became_empty
             + self.over_long + self.refused_by_template
         )  # fmt: skip
 
@@ -133,6 +134,7 @@ class DataReport:
             "dropped": self.dropped,
             "identical": self.identical,
             "became_identical": self.became_identical,
+            "empty_answer": self.empty_answer,
             "empty": self.empty,
             "became_empty": self.became_empty,
             "over_long": self.over_long,
@@ -151,6 +153,7 @@ class DataReport:
         for count, reason in (
             (self.identical, "their answers are the same"),
             (self.became_identical, "cut to their length, their answers are the same"),
+            (self.empty_answer, "an answer is empty text"),
             (self.empty, "a side has no tokens"),
             (self.became_empty, f"their prompt fills the {max_length} tokens and leaves none for the answer"),
             (self.over_long, f"they are longer than {max_length} tokens, or a part than it may be"),

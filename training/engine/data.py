@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import numpy as np
 
 from training.engine.cutting import WHOLE_RULE, CutRule, DataReport, Ids, cut_sides
 from training.engine.errors import RefusedError
+from training.engine.pair_form import is_blank, pair_of_line
 
 RENDER_BATCH = 64  # pairs handed to the tokenizer at once
 
@@ -64,33 +64,10 @@ def read_pairs(path: Path, *, sides: Sides = BOTH_SIDES) -> list[dict[str, Any]]
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    pairs.append(_parse_pair(line, path, number, sides))
+                    pairs.append(pair_of_line(line, path, number, sides))
     except (OSError, UnicodeDecodeError) as error:
-        raise RefusedError(f"{path.name} cannot be read: {error}.", "Prepare the dataset again.") from None
+        raise RefusedError(f"{path} cannot be read: {error}.", "Prepare the dataset again.") from None
     return pairs
-
-
-def _parse_pair(line: str, path: Path, number: int, sides: Sides) -> dict[str, Any]:
-    try:
-        pair = json.loads(line)
-        for key in ("prompt", *sides):
-            for message in pair[key]:
-                if not (isinstance(message["role"], str) and isinstance(message["content"], str)):
-                    raise TypeError(key)
-    except (ValueError, KeyError, TypeError) as error:
-        wanted = (
-            "a preference pair"
-            if sides == BOTH_SIDES
-            else "an example with a prompt and a chosen answer"
-            if sides
-            else "a prompt: a list of messages"
-        )
-        raise RefusedError(
-            f"Line {number} of {path.name} is not {wanted} ({type(error).__name__}: {error}).",
-            "Prepare the dataset again.",
-        ) from None
-    pair.setdefault("id", str(number))
-    return dict(pair)
 
 
 def tokenize_pairs(
@@ -128,8 +105,12 @@ def tokenize_pairs(
 
 
 def _render(pair: dict[str, Any], tokenizer: Any, report: DataReport, sides: Sides) -> list[str] | None:
-    """Texts of the prompt and of the prompt with each side; None when the template refuses them."""
+    """Texts of the prompt and of the prompt with each side; None for an empty answer, or if the template refuses."""
     from jinja2.exceptions import TemplateError
+
+    if any(is_blank(pair[side]) for side in sides):
+        report.empty_answer += 1
+        return None
 
     def render(messages: list[dict[str, str]], *, generation: bool) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
