@@ -21,6 +21,7 @@ from training.metric_keys import KL_PAIRS as KL_PAIRS
 from training.metric_keys import Metric as Metric
 from training.run_checks import ConfigError as ConfigError
 from training.run_checks import check_settings
+from training.setting_names import unknown_settings
 
 # --- names inside a run directory -----------------------------------------------------------------
 CONFIG_FILE = "config.json"
@@ -322,7 +323,7 @@ class RunConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(data) - names)
         if unknown:
-            raise ConfigError(f"Unknown settings in {CONFIG_FILE}: {', '.join(unknown)}.")
+            raise ConfigError(unknown_settings(unknown, names, CONFIG_FILE))
         values = dict(data)
         if "target_modules" in values:
             values["target_modules"] = tuple(values["target_modules"])

@@ -54,6 +54,7 @@ def check_numbers(config: RunConfig) -> None:
         raise ConfigError(f"num_devices must be a whole number from 1, found {config.num_devices!r}.")
 
 
+METHODS = ("dpo", "sft", "orpo")
 # Settings that only DPO reads.
 DPO_ONLY = ("loss_type", "label_smoothing", "rpo_alpha", "simpo_gamma", "dpo_normalize_logratios_by_length")
 # Of DPO's losses those that `label_smoothing` is part of; exo_pair is not defined without it.
@@ -68,6 +69,8 @@ def check_objective(config: RunConfig) -> None:
             raise ConfigError(f"{name} must be 0 or a number above it, found {value!r}.")
     if not isinstance(config.dpo_normalize_logratios_by_length, bool):
         raise ConfigError("dpo_normalize_logratios_by_length must be true or false.")
+    if config.method not in METHODS:
+        return  # which one was meant is said by the engine's preflight
     if config.method != "dpo":
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         ignored = [name for name in DPO_ONLY if getattr(config, name) != defaults[name]]

@@ -191,7 +191,9 @@ def test_preference_methods_refuse_rows_without_a_rejected_side(
     path = write_examples(tmp_path / "examples.jsonl", without_rejected(3))
     run = new_run(train_path=path, method=method)
     assert run.train() == ExitCode.REFUSED
-    assert "Line 1 of examples.jsonl is not a preference pair" in run.result["error"]
+    assert (
+        f"Line 1 of {path} is not a preference pair: it has no rejected; its keys are" in run.result["error"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_sft_speaks_of_examples(new_run: NewRun, tmp_path: Path) -> None:
     rows = [*without_rejected(4), {**without_rejected(1)[0], "chosen": []}]
     run = new_run(train_path=write_examples(tmp_path / "examples.jsonl", rows), max_steps=1, **SFT)
     assert run.train() == 0
-    assert "1 training examples were dropped: a side has no tokens." in run.texts()
+    assert "1 training examples were dropped: an answer is empty text." in run.texts()
     units = {event["unit"] for event in run.events if event.get("phase") in ("preparing_data", "evaluating")}
     assert units == {"", "examples"}
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from training.contract import RunConfig
 from training.engine.errors import RefusedError
+from training.run_checks import METHODS
+from training.setting_names import method_hint
 
-METHODS = ("dpo", "sft", "orpo")
 LOSS_TYPES = (
     "sigmoid", "ipo", "hinge", "robust", "exo_pair", "apo_zero", "apo_down", "nca_pair", "sppo_hard",
 )  # fmt: skip
@@ -32,7 +33,11 @@ def check_config(config: RunConfig) -> None:
         ("quantization", config.quantization, QUANTIZATIONS),
     ):
         if value not in known:
-            raise RefusedError(f"{name} {value!r} is not known here.", f"Use {' or '.join(known)}.")
+            hint = method_hint(value, LOSS_TYPES) if name == "method" else ""
+            next_step = f"Use {', '.join(known[:-1])} or {known[-1]}."
+            raise RefusedError(
+                f"{name} {value!r} is not known here.", f"{hint}. {next_step}" if hint else next_step
+            )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if config.num_devices > 1 and started != config.num_devices:
         raise RefusedError(
