@@ -17,6 +17,7 @@ cut or dropped without being counted.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -28,6 +29,15 @@ from training.contract import DataCounts, RunConfig
 Ids = npt.NDArray[np.int32]
 Mode = Literal["keep_end", "keep_start", "drop"]
 PROMPT_SHARE = 8  # keep_end: a cut prompt keeps at least max_length / PROMPT_SHARE tokens
+# Below so many tokens a cut answer is its opening ("Sure, I"), which says nothing of why it was preferred, and a cut
+# prompt not even the template's own words before the answer: nothing of the question is left.
+STUMP_TOKENS = 4
+# More stumps than other pairs: nothing is left to compare. Rarer ones are a tail, which a warning is enough for.
+STUMP_SHARE = 0.5
+# Long tails are cut on purpose; from a quarter on it is the data's body, and probably nobody meant it.
+NOTABLE_SHARE = 0.25
+# A length for all pairs would be set by the one longest, and memory grows with it.
+WHOLE_SHARE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +58,12 @@ class CutRule:
             prompt + longest <= max_length
             and prompt <= (self.max_prompt_length or prompt)
             and longest <= (self.max_completion_length or longest)
+        )
+
+    def bounded(self, prompt: int, longest: int) -> int:
+        """Tokens of a prompt with its longer answer once the parts' own bounds are kept."""
+        return min(prompt, self.max_prompt_length or prompt) + min(
+            longest, self.max_completion_length or longest
         )
 
     def sentence(self) -> str:
@@ -116,6 +132,26 @@ class DataReport:
     over_long: int = 0  # dropped: the mode is drop
     refused_by_template: int = 0
     template_message: str = ""
+    stumps: int = 0  # kept, but max_length left fewer than STUMP_TOKENS of prompt or answer
+    lengths: list[int] = dataclasses.field(default_factory=list)  # uncut, of what was fit to be learnt from
+
+    @property
+    def too_long(self) -> int:
+        """Pairs that did not fit: cut, or dropped for it."""
+        return self.truncated + self.became_identical + self.became_empty + self.over_long
+
+    @property
+    def is_mostly_stumps(self) -> bool:
+        """Whether cutting to max_length left nothing to compare in most pairs."""
+        return self.stumps + self.became_identical + self.became_empty > STUMP_SHARE * len(self.lengths)
+
+    @property
+    def is_notably_cut(self) -> bool:
+        return self.too_long > NOTABLE_SHARE * self.read
+
+    def enough_tokens(self) -> int:
+        """The least tokens for a prompt with one answer that leave WHOLE_SHARE of the pairs whole."""
+        return sorted(self.lengths)[math.ceil(WHOLE_SHARE * len(self.lengths)) - 1]
 
     @property
     def dropped(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from training.engine.cutting import WHOLE_RULE, CutRule, DataReport, Ids, cut_sides
+from training.engine.cutting import STUMP_TOKENS, WHOLE_RULE, CutRule, DataReport, Ids, cut_sides
 from training.engine.errors import RefusedError
 from training.engine.pair_form import is_blank, pair_of_line
 
@@ -163,7 +163,16 @@ def _keep(cut: TokenizedPair | None, whole: TokenizedPair, report: DataReport, s
         report.empty += 1
     elif _is_identical(whole, sides):
         report.identical += 1
-    elif cut is None:
+    else:
+        longest = max(len(whole.chosen), len(whole.rejected))
+        report.lengths.append(report.rule.bounded(len(whole.prompt), longest))
+        return _survives(cut, whole, report, sides)
+    return False
+
+
+def _survives(cut: TokenizedPair | None, whole: TokenizedPair, report: DataReport, sides: Sides) -> bool:
+    """The same of a pair that was fit to be used before it was cut."""
+    if cut is None:
         report.over_long += 1
     elif _is_empty(cut, sides):
         report.became_empty += 1
@@ -175,7 +184,18 @@ def _keep(cut: TokenizedPair | None, whole: TokenizedPair, report: DataReport, s
         report.truncated += prompt_cut or completion_cut
         report.prompts_cut += prompt_cut
         report.completions_cut += completion_cut
+        report.stumps += _is_stump(cut, whole, report.rule, sides)
         return True
+    return False
+
+
+def _is_stump(cut: TokenizedPair, whole: TokenizedPair, rule: CutRule, sides: Sides) -> bool:
+    """Whether max_length, not the parts' own bounds, left next to nothing of the prompt or an answer."""
+    bounds = {"prompt": rule.max_prompt_length} | dict.fromkeys(sides, rule.max_completion_length)
+    for name, bound in bounds.items():
+        had = len(getattr(whole, name))
+        if len(getattr(cut, name)) < min(had, bound or had, STUMP_TOKENS):
+            return True
     return False
 
 

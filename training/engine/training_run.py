@@ -25,7 +25,7 @@ from training.engine.checkpoints import (
     restore,
     tensors_sha256,
 )
-from training.engine.cutting import CutRule
+from training.engine.cutting import STUMP_TOKENS, WHOLE_SHARE, CutRule, DataReport
 from training.engine.data import TokenizedPair, data_sha256, noun_of, read_pairs, tokenize_pairs
 from training.engine.distributed import World
 from training.engine.errors import RefusedError
@@ -302,9 +302,40 @@ def prepare_split(
     if not tokenized:
         raise RefusedError(
             f"No {words} {noun} is left of {report.read}. {sentences[-1]}",
-            "Correct the dataset; where pairs were cut, raise max_length (max_context_length).",
+            "Correct the dataset; where pairs were cut, raise max_length (max_context_length)"
+            + (f": {enough}" if (enough := longer_length(config, report)) else "."),
         )
+    say_short_length(config, report, events, words, trains=path == Path(config.train_path))
     return tokenized, report.counts()
+
+
+def say_short_length(
+    config: RunConfig, report: DataReport, events: EventLog, words: str, *, trains: bool
+) -> None:
+    """A warning where much was cut; a refusal where most of what would be learnt was. An evaluation only warns."""
+    enough = longer_length(config, report)
+    if not enough or not report.is_notably_cut:
+        return
+    if trains and report.is_mostly_stumps:
+        raise RefusedError(
+            f"max_length {config.max_length} is too short for these {report.noun}s: of most of the {report.read} it "
+            f"leaves fewer than {STUMP_TOKENS} tokens of the prompt or of an answer.",
+            f"Raise max_length (max_context_length): {enough}",
+        )
+    events.log(
+        f"{report.too_long} of {report.read} {words} {report.noun}s do not fit max_length {config.max_length}: "
+        f"{enough}",
+        "warning",
+    )
+
+
+def longer_length(config: RunConfig, report: DataReport) -> str:
+    """A sentence with the length that cuts few pairs; "" where it is not max_length that cuts."""
+    enough = report.enough_tokens() if report.lengths else 0
+    if enough <= config.side_length:
+        return ""
+    enough *= 2 if config.max_length_per == "pair" else 1
+    return f"{enough} would keep {100 * WHOLE_SHARE:.0f} % of them whole."
 
 
 def identity_of(config: RunConfig, pairs: list[TokenizedPair], policy: Policy) -> Identity:
