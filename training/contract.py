@@ -185,8 +185,8 @@ class Result(TypedDict, total=False):
     next_step: str  # what the person can do about it
     step: int
     total_steps: int
-    seconds: float
-    phase_seconds: dict[str, float]  # wall time in each of PHASES, all attempts together
+    seconds: float  # wall time from the engine's start, all attempts together
+    phase_seconds: dict[str, float]  # in each of PHASES; together they are `seconds`
     num_tokens: int
     metrics: dict[
         str, float | None

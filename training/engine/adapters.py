@@ -18,6 +18,7 @@ from training.engine.errors import RefusedError
 from training.engine.experts import explain_dropout, split_experts
 from training.engine.products import LOW
 from training.engine.starting_point import StartingPoint, base_sha256, same_tokens
+from training.engine.surroundings import without_peft_s_old_name
 from training.engine.target_modules import resolve
 
 POLICY, REFERENCE = "default", "reference"  # adapter names in peft
@@ -80,7 +81,8 @@ def new_adapter(base: Any, config: RunConfig) -> Any:
         target_parameters=experts or None,
     )
     try:
-        model = get_peft_model(base, settings)
+        with without_peft_s_old_name():
+            model = get_peft_model(base, settings)
         _measure_lengths(model)
         return model
     except ValueError as error:
@@ -169,7 +171,8 @@ def inherited(config: RunConfig, start: StartingPoint) -> str:
 def _with_adapter(base: Any, start: StartingPoint, *, dropout: float) -> Any:
     from peft import get_peft_model
 
-    model = get_peft_model(base, _settings(start, dropout=dropout))
+    with without_peft_s_old_name():
+        model = get_peft_model(base, _settings(start, dropout=dropout))
     _check_head(model)
     place(model, start, POLICY)
     return model

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.chat_contract import ChatEvent, ChatGenerate, ChatLoad, ChatRequest
 from training.engine.generation import Answer, GenerationError, Sampling, generate
+from training.engine.surroundings import without_peft_s_old_name
 
 log = logging.getLogger(__name__)
 BASE_SIDE = "base"
@@ -83,7 +84,8 @@ class Models:
         }
         skeleton = copy.deepcopy(self.base, shared)
         try:
-            peft_model = PeftModel.from_pretrained(skeleton, folder, is_trainable=False)
+            with without_peft_s_old_name():
+                peft_model = PeftModel.from_pretrained(skeleton, folder, is_trainable=False)
             check_every_weight_has_a_place(peft_model, folder)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             log.exception("adapter %s does not fit", folder)

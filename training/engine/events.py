@@ -42,7 +42,8 @@ class EventLog:
     def _start(self) -> None:
         self._phase = ""
         self._phase_time = 0.0  # of the last phase event
-        self._since = time.monotonic()  # of the phase's begin, as far as it is not in `_spent`
+        self._started = time.monotonic()
+        self._since = self._started  # of the phase's begin, as far as it is not in `_spent`
         self._spent: dict[str, float] = {}
 
     def __enter__(self) -> EventLog:
@@ -79,10 +80,13 @@ class EventLog:
             if phase in before or phase in self._spent
         }
 
+    def seconds(self, before: float) -> float:
+        """Wall time of the attempt so far, all phases together, with that of earlier attempts."""
+        return round(before + time.monotonic() - self._started, 3)
+
     def _spend(self, next_phase: str) -> None:
-        now = time.monotonic()
-        if self._phase:
-            self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since
+        now, phase = time.monotonic(), self._phase or next_phase  # what precedes the first phase is its own
+        self._spent[phase] = self._spent.get(phase, 0.0) + now - self._since
         self._since = now
         self._phase = next_phase
 

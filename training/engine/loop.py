@@ -116,7 +116,7 @@ class Loop:
         self.stopped_by: StoppedBy | None = None
         self._verdict = Verdict(is_best=False)
         self._evaluated_step = self._checkpoint_step = -1
-        self._started = self._saved = time.monotonic()
+        self._saved = time.monotonic()
 
     def run(self) -> Literal["succeeded", "stopped"]:
         """Steps until the last, a stop or an interrupt. A checkpoint precedes everything that may be long.
@@ -342,10 +342,9 @@ class Loop:
 
     def _checkpoint(self) -> None:
         self.record.flush(self.state.step)  # before: what the checkpoint has behind it is on disk
-        now = time.monotonic()
         state = dataclasses.replace(
             self.state,
-            seconds=round(self.state.seconds + now - self._started, 3),
+            seconds=self.events.seconds(self.state.seconds),
             phase_seconds=self.events.phase_seconds(self.state.phase_seconds),
         )
         self.world.require_same("the weights", tensors_sha256(self.trainable))

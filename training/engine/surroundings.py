@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ def borrowed_process(run_dir: Path | None = None) -> Iterator[None]:
         stack.enter_context(_torch_as_before())
         stack.enter_context(_transformers_as_before())
         stack.enter_context(_accelerate_as_before())
+        yield
+
+
+@contextlib.contextmanager
+def without_peft_s_old_name() -> Iterator[None]:
+    """peft, when it wraps a model, asks transformers for a property by its former name: nothing that a person of
+    this studio could do anything about, said on the error stream of every command. Only that sentence is left out.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 

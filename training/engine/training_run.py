@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,6 @@ class Data:
 
 def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> Result:
     """Everything between a configuration and an adapter, of this rank."""
-    started = time.monotonic()
     make_quiet_and_deterministic()
     world = World.join(config)
     placement = Placement.choose(config, world)
@@ -163,7 +161,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "status": status,
         "step": state.step,
         "total_steps": order.total_steps,
-        "seconds": round(state.seconds + time.monotonic() - started, 3),
+        "seconds": events.seconds(state.seconds),
         "phase_seconds": events.phase_seconds(state.phase_seconds),
         "num_tokens": state.num_tokens,
         "metrics": kept["metrics"],
