@@ -33,7 +33,8 @@ def train(config: RunConfig, run_dir: AnyPath) -> Result:
     """Run, or continue, the training that `config` describes.
 
     `run_dir` is made if it is not there; `config.json` in it is written anew. A verified checkpoint of the same
-    settings, data and weights in it is gone on from, bit for bit on the same machine.
+    settings, data and weights in it is gone on from, bit for bit on the same machine. Of a finished run (result.json
+    and model are there) the result is returned and nothing is done; with other settings it is refused and untouched.
 
     While it works, `events.jsonl` (progress, metrics by step) and `engine.log` grow in `run_dir`. Ctrl-C or
     SIGTERM (in the main thread) finish the step and write a checkpoint; a file `stop` in `run_dir` ends the run
@@ -48,16 +49,18 @@ def train(config: RunConfig, run_dir: AnyPath) -> Result:
     tells the same.
     """
     from training.engine import session
+    from training.engine.ended_run import note_on_ended
     from training.engine.events import EventLog
     from training.engine.interrupts import Interrupts
     from training.engine.surroundings import borrowed_process, signals_to
 
     folder = Path(run_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, config.to_json())
-    interrupts = Interrupts(folder)
-    with borrowed_process(folder), signals_to(interrupts), EventLog(folder) as events:
-        session.run_or_raise(folder, events=events, interrupts=interrupts)
+    if not note_on_ended(folder, config):
+        write_atomically(folder / CONFIG_FILE, config.to_json())
+        interrupts = Interrupts(folder)
+        with borrowed_process(folder), signals_to(interrupts), EventLog(folder) as events:
+            session.run_or_raise(folder, events=events, interrupts=interrupts)
     return cast(Result, json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
 
 

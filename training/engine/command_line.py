@@ -54,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add(
         commands, "train", "run or continue the training that RUN_DIR/config.json describes",
         """Writes events.jsonl, engine.log, checkpoints/, adapter/ and at the end result.json into RUN_DIR. Started
-        again, it goes on from the newest checkpoint. Ctrl-C finishes the step and writes a checkpoint; a file named
-        stop in RUN_DIR ends the run after its step and keeps the model.""",
+        again, it goes on from the newest checkpoint; a finished run is left as it is. Ctrl-C finishes the step and
+        writes a checkpoint; a file named stop in RUN_DIR ends the run after its step and keeps the model.""",
     )  # fmt: skip
     _add_evaluate(commands)
     _add_merge(commands)

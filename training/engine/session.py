@@ -14,6 +14,7 @@ from pathlib import Path
 
 from training.contract import RESULT_FILE, ExitCode, Result, RunConfig, write_atomically
 from training.engine import launch
+from training.engine.ended_run import note_on_ended
 from training.engine.errors import (
     CRASH,
     EngineError,
@@ -32,6 +33,14 @@ logger = logging.getLogger(__name__)
 def main(run_dir: Path) -> int:
     """The `train` subcommand."""
     run_dir = run_dir.absolute()
+    try:
+        note = note_on_ended(run_dir)
+    except EngineError as error:  # the finished run's own files stay as they are
+        return _say(explain(error, None))
+    if note:
+        if launch.rank() == 0:
+            sys.stdout.write(f"{note}\n")
+        return ExitCode.OK
     count = launch.ranks_to_start(run_dir)
     if count > 1:
         return launch.launch(["train", str(run_dir)], count=count)
@@ -41,8 +50,10 @@ def main(run_dir: Path) -> int:
     interrupts.install(stream)
     with open_events(run_dir, rank=launch.rank()) as events:
         explanation, _ = _attempt(run_dir, events, interrupts)
-    if explanation is None:
-        return ExitCode.OK
+    return ExitCode.OK if explanation is None else _say(explanation)
+
+
+def _say(explanation: Explanation) -> int:
     if launch.rank() == 0:
         sys.stderr.write(explanation.line)
     return explanation.exit_code
