@@ -137,7 +137,7 @@ REFUSED, DIVERGED = ExitCode.REFUSED, ExitCode.DIVERGED
         (tokenizer_larger_than_the_model, REFUSED, "more tokens than the base model", "base model"),
         (adapter_for_another_base, REFUSED, "base model", "base model"),
         (adapter_with_another_vocabulary, REFUSED, "token", "base model"),
-        (empty_split, REFUSED, "There are no validation pairs.", "Prepare the dataset again"),
+        (empty_split, REFUSED, "There are no validation pairs in ", "Prepare the dataset again"),
         (one_pair, REFUSED, "Only one training pair is left of 1", "Add more"),
         (all_pairs_over_long, REFUSED, "No training pair is left of 16", "max_context_length"),
         (wrong_dtype, REFUSED, "float16", "bfloat16"),

@@ -188,7 +188,7 @@ def test_an_adapter_does_not_stand_on_a_checkpoint_of_full_fine_tuning(new_run: 
     refused = new_run("refused", adapter_path=str(full.path / "checkpoints/step-000001"))
     assert refused.train() == ExitCode.REFUSED
     assert refused.result["error"] == (
-        "'step-000001' is a checkpoint of full fine-tuning: an adapter cannot stand on it."
+        f"{full.path}/checkpoints/step-000001 is a checkpoint of full fine-tuning: an adapter cannot stand on it."
     )
     assert "merge with --checkpoint" in refused.result["next_step"]
 

@@ -135,7 +135,7 @@ def test_a_reference_of_another_vocabulary_is_refused_before_the_pass(
     (tokens / "tokenizer.json").write_text(json.dumps(text))
     run = new_run(reference_model_path=str(tokens))
     assert run.train() == ExitCode.REFUSED
-    assert run.result["error"] == "The reference 'tokens' has another vocabulary than the base model."
+    assert run.result["error"] == f"The reference {tokens} has another vocabulary than the base model."
     assert "reference" not in {event.get("phase") for event in run.events}
     wide = Path(shutil.copytree(other_model, tmp_path / "wide"))
     model = AutoModelForCausalLM.from_pretrained(other_model)
@@ -143,7 +143,7 @@ def test_a_reference_of_another_vocabulary_is_refused_before_the_pass(
     model.save_pretrained(wide)
     run = new_run("wide-run", reference_model_path=str(wide))
     assert run.train() == ExitCode.REFUSED
-    assert run.result["error"] == "The reference 'wide' has another vocabulary than the base model."
+    assert run.result["error"] == f"The reference {wide} has another vocabulary than the base model."
     missing = new_run("missing", reference_model_path=str(tmp_path / "nowhere"))
     assert missing.train() == ExitCode.REFUSED
     assert "The folder of reference_model_path is not there" in missing.result["error"]

@@ -196,7 +196,7 @@ def test_an_empty_split_is_refused(new_run: NewRun, tmp_path: Path) -> None:
     empty.write_text("\n")
     run = new_run(eval_path=str(empty))
     assert run.train() == ExitCode.REFUSED
-    assert run.result["error"] == "There are no validation pairs."
+    assert run.result["error"] == f"There are no validation pairs in {empty}."
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"run_id": "x", "wrong": 1}', '{"run_id": "x"}'])

@@ -48,7 +48,7 @@ def whole_model(base: Any, start: StartingPoint | None, model_path: Path) -> Any
         return base
     if start.is_adapter:
         return frozen_adapter(base, start, model_path).merge_and_unload()
-    with _fitting():
+    with _fitting(start):
         _copy(dict(base.named_parameters()), start.tensors())
     return base
 
@@ -56,7 +56,7 @@ def whole_model(base: Any, start: StartingPoint | None, model_path: Path) -> Any
 def frozen_adapter(base: Any, start: StartingPoint, model_path: Path) -> Any:
     """A PeftModel that only computes."""
     _check_adapter(start, model_path)
-    with _fitting():
+    with _fitting(start):
         return _with_adapter(base, start, dropout=0.0).requires_grad_(False)
 
 
@@ -107,14 +107,14 @@ def continued_adapter(base: Any, config: RunConfig, start: StartingPoint) -> Any
     """A PeftModel that starts as base + adapter. Rank and kind are the adapter's, the dropout is the run's."""
     _check_adapter(start, Path(config.model_path))
     _check_kind(config, start)
-    with _fitting():
+    with _fitting(start):
         return _with_adapter(base, start, dropout=config.lora_dropout)
 
 
 def add_frozen(model: Any, start: StartingPoint, model_path: Path) -> None:
     """A second adapter beside the policy's: the reference."""
     _check_adapter(start, model_path)
-    with _fitting():
+    with _fitting(start):
         model.add_adapter(REFERENCE, _settings(start, dropout=0.0))
         _check_head(model)
         place(model, start, REFERENCE)
@@ -203,7 +203,7 @@ def _check_adapter(start: StartingPoint, model_path: Path) -> None:
     """Before anything is loaded onto the base: shapes alone do not tell two models of one family apart."""
     if not start.is_adapter:
         raise RefusedError(
-            f"{start.folder.name!r} is a checkpoint of full fine-tuning: an adapter cannot stand on it.",
+            f"{start.folder} is a checkpoint of full fine-tuning: an adapter cannot stand on it.",
             "Set finetuning_type to full, or write it as a model folder (merge with --checkpoint) and choose that "
             "as the base model.",
         )
@@ -213,7 +213,7 @@ def _check_adapter(start: StartingPoint, model_path: Path) -> None:
     elif not same_tokens(start.folder, model_path):
         reason = "its tokenizer has another vocabulary"
     if reason:
-        raise _unfitting(reason)
+        raise _unfitting(start, reason)
 
 
 def _check_kind(config: RunConfig, start: StartingPoint) -> None:
@@ -236,17 +236,17 @@ def _copy(own: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) 
 
 
 @contextlib.contextmanager
-def _fitting() -> Iterator[None]:
+def _fitting(start: StartingPoint) -> Iterator[None]:
     """What peft and torch say about weights that do not fit, as a refusal."""
     try:
         yield
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise _unfitting(_first_line(error)) from error
+        raise _unfitting(start, _first_line(error)) from error
 
 
-def _unfitting(reason: str) -> RefusedError:
+def _unfitting(start: StartingPoint, reason: str) -> RefusedError:
     return RefusedError(
-        f"The adapter to start from does not fit the base model: {reason}",
+        f"The adapter to start from, {start.folder}, does not fit the base model: {reason}",
         "Choose the base model that the adapter was trained on.",
     )
 

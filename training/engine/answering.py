@@ -102,10 +102,10 @@ def read_prompts(path: Path) -> list[Prompt]:
                 value = json.loads(line)
                 found.append(_prompt(value["prompt"] if isinstance(value, dict) else value, number))
     except (OSError, UnicodeDecodeError) as error:
-        raise RefusedError(f"{path.name} cannot be read: {error}.", "Name another file.") from None
+        raise RefusedError(f"{path} cannot be read: {error}.", "Name another file.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RefusedError(
-            f"A line of {path.name} is not a prompt ({type(error).__name__}: {error}).",
+            f"A line of {path} is not a prompt ({type(error).__name__}: {error}).",
             'Write one JSON value a line: "text", [messages…] or {"prompt": …}.',
         ) from None
     return found

@@ -25,20 +25,21 @@ def load_tokenizer(config: RunConfig) -> Any:
     folder = Path(config.model_path)
     if not (folder / "config.json").is_file():
         raise RefusedError(
-            f"The base model's folder {folder.name!r} has no config.json.", "Choose the base model again."
+            f"The base model's folder {folder} has no config.json.", "Choose the base model again."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise RefusedError(
-            f"The tokenizer of the base model cannot be read: {_first_line(error)}",
+            f"The tokenizer of the base model in {folder} cannot be read: {_first_line(error)}",
             "Download the base model again, or choose another.",
         ) from error
     if config.chat_template_path:
         tokenizer.chat_template = Path(config.chat_template_path).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise RefusedError(
-            "The base model has no chat template, so its conversations cannot be written the way it expects.",
+            f"The base model in {folder} has no chat template, so its conversations cannot be written the way it "
+            "expects.",
             "Choose an instruct model, or put a chat_template.jinja file into the model's folder.",
         )
     return tokenizer
@@ -71,7 +72,7 @@ def load_base(config: RunConfig, placement: Placement) -> Any:
         raise
     except Exception as error:
         raise RefusedError(
-            f"The base model cannot be loaded: {_first_line(error)}",
+            f"The base model in {config.model_path} cannot be loaded: {_first_line(error)}",
             "Download the base model again, or choose another.",
         ) from error
     base.requires_grad_(False)

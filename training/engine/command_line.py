@@ -203,7 +203,7 @@ def _answer(run_dir: Path, command: str, work: Callable[[], Mapping[str, Any]]) 
     try:
         outcome: dict[str, Any] = {"status": "succeeded", **work()}
     except Exception as error:
-        explanation = explain(error, None)
+        explanation = explain(error, None).seen_from(run_dir.absolute())
         code = explanation.exit_code
         outcome = {"status": "failed", "error": explanation.sentence, "next_step": explanation.next_step}
         if not isinstance(error, (EngineError, ConfigError)):

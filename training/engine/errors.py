@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
+from pathlib import Path
 
 from training.contract import ExitCode, RunConfig
 from training.run_checks import ConfigError
@@ -57,6 +59,13 @@ class Explanation:
     sentence: str
     next_step: str
     exit_code: int
+
+    def seen_from(self, run_dir: Path) -> Explanation:
+        """The same with paths inside `run_dir` as they are called there; others stay whole."""
+        inside = f"{run_dir}{os.sep}"
+        return dataclasses.replace(
+            self, sentence=self.sentence.replace(inside, ""), next_step=self.next_step.replace(inside, "")
+        )
 
     @property
     def line(self) -> str:

@@ -121,10 +121,10 @@ def shape_of_folder(folder: Path) -> estimates.ModelShape:
     try:
         shape = shape_of(read_folder(folder, roots=[Path(folder.absolute().anchor)]))
     except FolderProblem as problem:
-        raise RefusedError(str(problem), "Choose the base model again.") from None
+        raise RefusedError(f"{folder}: {problem}", "Choose the base model again.") from None
     if shape is None:
         raise RefusedError(
-            f"{folder.name} does not say how large its layers are.",
+            f"{folder} does not say how large its layers are.",
             "Start a short run and look at its result.",
         )
     return shape

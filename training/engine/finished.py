@@ -61,7 +61,7 @@ def find_kept(run_dir: Path, checkpoint: str) -> Kept:
                 return Kept(run_dir / name, name, _finished_step(run_dir))
         names = sorted(path.name for path in (run_dir / CHECKPOINTS_DIR).glob("step-*"))
         raise RefusedError(
-            f"{run_dir.name} has no finished model.",
+            f"{run_dir} has no finished model.",
             f"Name a checkpoint: {', '.join(names)}." if names else "Train it first.",
         )
     own = run_dir / CHECKPOINTS_DIR / checkpoint
@@ -70,7 +70,7 @@ def find_kept(run_dir: Path, checkpoint: str) -> Kept:
         return Kept(folder, folder.name, verify_checkpoint(folder))
     except ValueError as error:
         raise RefusedError(
-            f"The checkpoint {folder.name!r} cannot be used: {error}",
+            f"The checkpoint {folder} cannot be used: {error}",
             "Choose another one, or the finished model.",
         ) from None
 
@@ -82,7 +82,8 @@ def load_kept(config: RunConfig, kept: Kept, placement: Placement, probe: Sequen
         _place_model(policy, kept.folder) if kept.name == MODEL_DIR else _place_trained(policy, kept.folder)
     except (ValueError, RuntimeError, KeyError) as error:
         raise RefusedError(
-            f"{kept.name} does not fit the model of config.json: {str(error).splitlines()[0][:300]}",
+            f"{kept.folder} does not fit the model of config.json, {config.model_path}: "
+            f"{str(error).splitlines()[0][:300]}",
             "Name the run directory that it was made in.",
         ) from error
     policy.model.eval()

@@ -209,7 +209,7 @@ def _load_reference(config: RunConfig, choice: ReferenceChoice, policy: Policy) 
     reference = _computing(config, placement, base, model.eval())
     reference.reference_by = "itself"
     if reference.head.weight.shape[0] != policy.head.weight.shape[0]:
-        raise other_vocabulary(choice.model_path.name)
+        raise other_vocabulary(choice.model_path)
     _check_head(reference, base, policy.pairs[0])
     use_fast_layout(reference, policy.pairs)
     return reference
@@ -259,7 +259,7 @@ def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
     size = policy.head.weight.shape[0]
     if int(max(part.max() for part in (pair.prompt, pair.chosen, pair.rejected) if len(part))) >= size:
         raise RefusedError(
-            "The tokenizer has more tokens than the base model.",
+            f"The tokenizer has more tokens than the base model in {base.name_or_path}.",
             "Download the base model again, or choose another.",
         )
     with policy.inference(), policy.scorer.placement.autocast():
@@ -269,7 +269,7 @@ def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
         ours = policy.head.logits(states)
     if not torch.isfinite(theirs).all():
         raise RefusedError(
-            "The base model answers with numbers that are not finite: its weights are damaged.",
+            f"The base model in {base.name_or_path} answers with numbers that are not finite: its weights are damaged.",
             "Download the base model again, or choose another.",
         )
     if float((ours - theirs).abs().max()) > (PROBE_TOLERANCE if policy.scorer.placement.exact else 0.5):

@@ -46,28 +46,37 @@ def check_config(config: RunConfig) -> None:
             "then it takes what it is started with.",
         )
     if not Path(config.model_path).is_dir():
-        raise RefusedError("The base model's folder is not there.", "Choose the base model again.")
+        raise RefusedError(
+            f"The base model's folder is not there: {config.model_path}.", "Choose the base model again."
+        )
     if config.adapter_path and not Path(config.adapter_path).is_dir():
         raise RefusedError(
-            "The model to start from is not there any more.", "Choose another model to start from."
+            f"The model to start from is not there any more: {config.adapter_path}.",
+            "Choose another model to start from.",
         )
     if config.watch_path and not Path(config.watch_path).is_file():
         raise RefusedError(
-            "The watch prompts are not there.", "Choose the file again, or leave watch_path empty."
+            f"The watch prompts are not there: {config.watch_path}.",
+            "Choose the file again, or leave watch_path empty.",
         )
     if config.chat_template_path and not Path(config.chat_template_path).is_file():
-        raise RefusedError("The file of the chat template is not there.", "Correct chat_template_path.")
+        raise RefusedError(
+            f"The file of the chat template is not there: {config.chat_template_path}.",
+            "Correct chat_template_path.",
+        )
     _check_other_models(config)
     for split, path in (("training", config.train_path), ("validation", config.eval_path)):
         if path and not Path(path).is_file():
-            raise RefusedError(f"The {split} pairs are not there.", "Prepare the dataset again.")
+            raise RefusedError(f"The {split} pairs are not there: {path}.", "Prepare the dataset again.")
 
 
 def _check_other_models(config: RunConfig) -> None:
     for name in ("reference_model_path", "reference_adapter_path"):
         path = getattr(config, name)
         if path and not Path(path).is_dir():
-            raise RefusedError(f"The folder of {name} is not there.", "Choose another reference, or none.")
+            raise RefusedError(
+                f"The folder of {name} is not there: {path}.", "Choose another reference, or none."
+            )
     if config.quantization != "none" and find_spec("bitsandbytes") is None:
         raise RefusedError(
             f"The quantization {config.quantization} needs bitsandbytes, which is not installed here.",

@@ -41,7 +41,7 @@ class ReferenceChoice:
         path = Path(config.reference_model_path or own)
         same_base = path.resolve() == own.resolve()
         if not same_tokens(path, own):
-            raise other_vocabulary(path.name)
+            raise other_vocabulary(path)
         adapter = open_starting_point(config.reference_adapter_path) if chosen else start
         name = config.base_model_name or own.name
         sentence = f"The reference is {name if same_base else path.name}"
@@ -53,9 +53,9 @@ class ReferenceChoice:
         return cls(path, adapter, not chosen, same_base and config.finetuning_type != "full", f"{sentence}.")
 
 
-def other_vocabulary(name: str) -> RefusedError:
+def other_vocabulary(path: Path) -> RefusedError:
     return RefusedError(
-        f"The reference {name!r} has another vocabulary than the base model.",
+        f"The reference {path} has another vocabulary than the base model.",
         "Choose a reference of the same family as the base model, or none.",
     )
 

@@ -115,7 +115,7 @@ def _attempt(
 def _failed(
     error: Exception, config: RunConfig | None, run_dir: Path, events: EventLog, seconds: float
 ) -> Explanation:
-    explanation = explain(error, config)
+    explanation = explain(error, config).seen_from(run_dir)
     interrupted = isinstance(error, InterruptedRunError)
     logger.log(logging.INFO if interrupted else logging.ERROR, explanation.sentence, exc_info=error)
     result: Result = {

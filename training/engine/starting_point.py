@@ -69,15 +69,16 @@ def open_starting_point(path: str) -> StartingPoint | None:
             return _finished_adapter(folder)
     except (OSError, ValueError, KeyError) as error:
         raise RefusedError(
-            f"What training should start from cannot be read: {_first_line(error)}",
+            f"What training should start from, {folder}, cannot be read: {_first_line(error)}",
             "Choose another model or checkpoint to start from.",
         ) from error
     if (folder / "config.json").is_file():
         raise RefusedError(
-            f"{folder.name!r} is a whole model, not an adapter.", "Choose it as the base model instead."
+            f"{folder} is a whole model, not an adapter.", "Choose it as the base model instead."
         )
     raise RefusedError(
-        f"The adapter to start from has no {ADAPTER_WEIGHTS}.", "Choose another model to start from."
+        f"The adapter to start from, {folder}, has no {ADAPTER_WEIGHTS}.",
+        "Choose another model to start from.",
     )
 
 

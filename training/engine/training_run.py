@@ -284,7 +284,7 @@ def prepare_split(
     pairs = read_pairs(path, sides=sides)
     if not pairs:
         raise RefusedError(
-            f"There are no {words} {noun}s.", f"Prepare the dataset again, or add {noun}s to it."
+            f"There are no {words} {noun}s in {path}.", f"Prepare the dataset again, or add {noun}s to it."
         )
     tokenized, report = tokenize_pairs(
         pairs,

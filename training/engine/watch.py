@@ -63,7 +63,7 @@ def _of_file(config: RunConfig, tokenizer: Any) -> Iterator[WatchPrompt]:
     prompts = read_pairs(path, sides=())
     if not prompts:
         raise RefusedError(
-            f"{path.name} has no watch prompts.", "Write one prompt a line, or leave watch_path empty."
+            f"{path} has no watch prompts.", "Write one prompt a line, or leave watch_path empty."
         )
     for prompt in prompts:
         made = _tokenized(prompt, tokenizer)
