@@ -135,9 +135,9 @@ def check_lengths(config: RunConfig) -> None:
             )
 
 
-def uses_reference(config: RunConfig) -> bool:
+def uses_reference(method: str, simpo_gamma: float) -> bool:
     """Whether the loss compares with a reference: DPO does, but for SimPO."""
-    return config.method == "dpo" and config.simpo_gamma == 0
+    return method == "dpo" and simpo_gamma == 0
 
 
 def check_watch(config: RunConfig) -> None:
@@ -168,7 +168,7 @@ def check_stopping(config: RunConfig) -> None:
         raise ConfigError(
             "early_stopping_threshold needs early_stopping_patience: set that, or leave both at 0."
         )
-    if config.kl_budget and not uses_reference(config):
+    if config.kl_budget and not uses_reference(config.method, config.simpo_gamma):
         raise ConfigError("kl_budget needs a reference, and this loss has none: set it to 0.")
     for name in ("early_stopping_patience", "kl_budget"):
         if getattr(config, name) and not (config.eval_path and config.eval_steps):
@@ -193,7 +193,7 @@ def _check_metric(config: RunConfig) -> None:
 def undefined_metrics(config: RunConfig) -> set[str]:
     """Keys that are null, or not there, under these settings."""
     missing = set()
-    if not uses_reference(config):
+    if not uses_reference(config.method, config.simpo_gamma):
         missing |= {Metric.KL, Metric.KL_SAMPLED, Metric.KL_SAMPLED_K1}
     if config.watch_temperature != 1.0:
         missing |= {Metric.KL_SAMPLED, Metric.KL_SAMPLED_K1}
@@ -232,7 +232,7 @@ def check_finetuning(config: RunConfig) -> None:
     if "all-linear" in config.target_modules and len(config.target_modules) > 1:
         raise ConfigError("target_modules already has every layer with all-linear: name it alone.")
     wants_reference = config.reference_model_path or config.reference_adapter_path
-    if wants_reference and not uses_reference(config):
+    if wants_reference and not uses_reference(config.method, config.simpo_gamma):
         raise ConfigError(
             "This loss uses no reference: leave reference_model_path and reference_adapter_path out."
         )

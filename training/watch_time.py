@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from training.contract import RunConfig
+from training.run_checks import uses_reference
 
 WATCH_ROWS = {"cpu": 8, "cuda": 64}  # prompts that are answered at once
 # A token of a batch of answers is a pass over the weights, however many prompts share it. 8 GB/s were measured on one
@@ -45,7 +46,7 @@ def watch_seconds(
     prompts, answer = int(settings["watch_prompts"]), int(settings["watch_max_new_tokens"])
     if not settings["watch_path"]:
         prompts = min(prompts, num_eval_pairs)
-    reference = not (parameters.get("method", "dpo") in ("sft", "orpo") or parameters.get("simpo_gamma"))
+    reference = uses_reference(parameters.get("method", "dpo"), parameters.get("simpo_gamma", 0.0))
     if not num_evaluations or not prompts or parameters.get("parallelism") == "fsdp":
         return 0.0
     kind, forward = machine.device, 2 * active_parameters / machine.flops

@@ -280,5 +280,6 @@ def _candidates(run_dir: Path, resume_from: str) -> list[Path]:
     found = _newest_first(run_dir / CHECKPOINTS_DIR)
     if resume_from:
         given = Path(resume_from)
-        found += [given, *(path for path in _newest_first(given.parent) if _step(path) < _step(given))]
+        latest = _step(given)
+        found += [given, *(path for path in _newest_first(given.parent) if _step(path) < latest)]
     return sorted(dict.fromkeys(found), key=_step, reverse=True)

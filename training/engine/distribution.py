@@ -34,19 +34,18 @@ def token_statistics(
     `reference_head` where the reference projects its states with another weight [V, H'] than the policy.
     """
     logps, entropies, divergences = [], [], []
-    shared = reference_head is None or reference_head is head
-    head = head.ready()
-    other_head = head if shared or reference_head is None else reference_head.ready()
+    ready = head.ready()
+    other_ready = ready if reference_head is None or reference_head is head else reference_head.ready()
     theirs = row_chunks(hidden if reference is None else reference)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, targets, other in zip(row_chunks(hidden), row_chunks(labels), theirs, strict=True):
-            logits = head.logits(rows)
+            logits = ready.logits(rows)
             partition, probabilities = log_partition(logits)
             logps.append((logits.gather(-1, targets[:, None]) - partition).squeeze(-1))
             log_probabilities = logits - partition
             entropies.append(-(probabilities * log_probabilities).sum(dim=-1))
             if reference is not None:
-                other_logits = other_head.logits(other)
+                other_logits = other_ready.logits(other)
                 other_partition, _ = log_partition(other_logits)
                 log_probabilities -= other_logits - other_partition
                 divergences.append((probabilities * log_probabilities).sum(dim=-1))

@@ -20,6 +20,7 @@ from training.engine.data import BOTH_SIDES, CHOSEN_SIDE, Sides, TokenizedPair
 from training.engine.logps import sum_by_owner
 from training.engine.losses import LENGTH_NORMALISED, LOSSES, log_odds, odds_ratio_loss, sigmoid_loss
 from training.engine.plain import CompletionStates
+from training.run_checks import uses_reference
 
 NO_REFERENCE = "No reference is used: this loss does not need one."
 
@@ -77,7 +78,7 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        return not (self.is_sft or self.is_orpo or self.is_simpo)
+        return uses_reference(self.config.method, self.config.simpo_gamma)
 
     @property
     def by_length(self) -> bool:

@@ -49,8 +49,7 @@ def main(run_dir: Path) -> int:
     interrupts = Interrupts(run_dir)
     interrupts.install(stream)
     with open_events(run_dir, rank=launch.rank()) as events:
-        explanation, _ = _attempt(run_dir, events, interrupts)
-    return ExitCode.OK if explanation is None else _say(explanation)
+        return run(run_dir, events=events, interrupts=interrupts)
 
 
 def _say(explanation: Explanation) -> int:
@@ -60,9 +59,9 @@ def _say(explanation: Explanation) -> int:
 
 
 def run(run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> int:
-    """Train and write result.json; every end is told there in words. Returns the exit code."""
+    """Train and write result.json; every end is told there in words, a bad one on stderr too. Gives the exit code."""
     explanation, _ = _attempt(run_dir, events, interrupts)
-    return explanation.exit_code if explanation else ExitCode.OK
+    return ExitCode.OK if explanation is None else _say(explanation)
 
 
 def run_or_raise(run_dir: Path, *, events: EventLog, interrupts: Interrupts) -> None:
