@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from training.activation_memory import ActivationPlan, plan_activations
+from training.processor import is_amd_with_avx512
 from training.watch_time import watch_seconds
 
 MIB = 1024**2
@@ -35,7 +36,8 @@ START_SECONDS = 15.0  # interpreter, imports, tokenising
 READ_BYTES_PER_SECOND = 400e6
 FLOOR_SECONDS_PER_STEP = {"cpu": 0.05, "cuda": 0.08}  # optimizer, logging, kernel launches
 UTILISATION = 0.35  # share of a GPU's datasheet speed that LoRA training reaches
-CPU_FLOPS_PER_CORE = 4e10  # float32; 108 GFLOP/s were measured on two cores, others are slower
+CPU_FLOPS_PER_CORE = 4e10  # float32
+AMD_AVX512_FLOPS_PER_CORE = 8e10  # see `engine.cpu_products`
 # Dense bf16 tensor speed by name, TFLOP/s, from the datasheets; a GPU not listed counts as 60.
 GPU_TFLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250), ("H200", 989), ("H100", 989), ("A100", 312), ("L40", 362), ("RTX 5090", 209),
@@ -140,9 +142,8 @@ class Estimate:
 
 def cpu_machine(*, memory_bytes: int, cores: int) -> Machine:
     name = f"CPU, {cores} core{'s' if cores != 1 else ''}"
-    return Machine(
-        device="cpu", name=name, memory_bytes=memory_bytes, flops=max(1, cores) * CPU_FLOPS_PER_CORE
-    )
+    each = AMD_AVX512_FLOPS_PER_CORE if is_amd_with_avx512() else CPU_FLOPS_PER_CORE
+    return Machine(device="cpu", name=name, memory_bytes=memory_bytes, flops=max(1, cores) * each)
 
 
 def gpu_machine(*, name: str, memory_bytes: int) -> Machine:

@@ -16,7 +16,7 @@ import torch
 
 from tests.tiny import build_tiny_model, build_tiny_pairs
 from training.contract import RunConfig
-from training.engine import fused, products, shared_attention
+from training.engine import products, shared_attention
 
 torch.set_num_threads(1)
 
@@ -123,7 +123,7 @@ def new_run(tmp_path: Path, tiny_model: Path) -> NewRun:
 @pytest.fixture
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products and attention take bfloat16, on a CPU too, and products give what a GPU's give: float32 sums."""
-    for module in (products, shared_attention, fused):
+    for module in (products, shared_attention):
         monkeypatch.setattr(module, "computes_low", lambda device: True)
     monkeypatch.setattr(products, "_mixed", lambda x, y: x.float() @ y.float())
     products.gives_float32.cache_clear()

@@ -56,7 +56,7 @@ def test_a_widened_layer_has_the_gradient_of_a_plain_one(biased: bool) -> None:
     plain = nn.Linear(16, 7, bias=biased).requires_grad_(False)
     layer.bfloat16()
     plain.load_state_dict({name: tensor.float() for name, tensor in layer.state_dict().items()})
-    assert widen(nn.ModuleList([layer, plain])) == 1
+    assert widen(nn.ModuleList([layer])) == 1
     x = torch.randn(2, 5, 16, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = layer(x)

@@ -3,6 +3,7 @@ measured."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ from training.base_models import CATALOGUE, STARTER, catalogue_model, shape_of
 from training.estimates import GIB, Machine, PairTokens
 from training.watch_time import watch_seconds
 
-CPU = estimates.cpu_machine(memory_bytes=16 * GIB, cores=2)
+
+def plain_cpu(cores: int) -> Machine:
+    """Whatever this machine's processor is: the speed that the figures below were measured with."""
+    machine = estimates.cpu_machine(memory_bytes=16 * GIB, cores=cores)
+    return dataclasses.replace(machine, flops=cores * estimates.CPU_FLOPS_PER_CORE)
+
+
+CPU = plain_cpu(2)
 H200 = estimates.gpu_machine(name="NVIDIA H200", memory_bytes=139 * GIB)
 TOKENS = PairTokens(prompt=158, chosen=213, rejected=217, longest=512)
 
@@ -187,9 +195,18 @@ def test_time_grows_with_pairs_passes_and_model_and_shrinks_with_the_machine() -
     assert estimate(H200).seconds < base / 2
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_processor_with_fast_products_is_estimated_as_one(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(estimates, "is_amd_with_avx512", lambda: fast)
+    found = estimates.cpu_machine(memory_bytes=GIB, cores=2).flops
+    assert found == 2 * (estimates.AMD_AVX512_FLOPS_PER_CORE if fast else estimates.CPU_FLOPS_PER_CORE)
+
+
 def test_watch_prompts_are_answered_by_the_reference_once_and_at_each_evaluation() -> None:
     """Four prompts of 60 tokens on one core, measured: 32 tokens took 4.0 s, the prompts before them 0.9 s."""
-    one = estimates.cpu_machine(memory_bytes=16 * GIB, cores=1)
+    one = plain_cpu(1)
 
     def seconds(
         machine: Machine = one, *, evaluations: int = 1, eval_pairs: int = 20, **settings: Any

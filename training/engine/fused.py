@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from training.engine.products import LOW, computes_low, product
+from training.engine.cpu_products import multiply
+from training.engine.products import LOW, operand_dtype, product
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 FINE, COARSE_TOLERANCE = 1e-5, 0.05  # low weights: what only multiplies by them, and products
@@ -70,12 +71,12 @@ def _backward(
     wants_x: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Gradients of x [T, in], A [r, in] and B [out, r] from that of y [T, out]."""
-    inner = (gradient @ b).mul_(lora.scale)
-    grad_b = (gradient.T @ h).mul_(lora.scale)
-    grad_a = inner.T @ _dropped(x, keep, lora.dropout)
+    inner = multiply(gradient, b.T).mul_(lora.scale)
+    grad_b = multiply(h.T, gradient.T).mul_(lora.scale).T
+    grad_a = multiply(inner.T, _dropped(x, keep, lora.dropout).T)
     if not wants_x:
         return None, grad_a, grad_b
-    grad_x = gradient @ lora.weight
+    grad_x = multiply(gradient, lora.weight.T)
     if keep is None:
         grad_x.addmm_(inner, a)
     else:
@@ -159,8 +160,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _operands(lora: Lora, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B for the forward pass: as they are kept where products are in float32 anyway."""
-    dtype = lora.weight.dtype if computes_low(a.device) else a.dtype
+    """A and B in what the forward pass computes with."""
+    dtype = operand_dtype(lora.weight)
     return a.to(dtype), b.to(dtype)
 
 
@@ -182,6 +183,11 @@ def fuse(model: nn.Module, adapter: str) -> int:
     return count
 
 
+def _plain_adapters(module: Any) -> frozenset[str]:
+    """Found out once: a forward pass asks of each of hundreds of layers."""
+    return frozenset(name for name in module.lora_A if _is_plain_lora(module, name))
+
+
 def _is_plain_lora(module: nn.Module, adapter: str) -> bool:
     from peft.tuners.lora import Linear
 
@@ -200,16 +206,16 @@ def _is_plain_lora(module: nn.Module, adapter: str) -> bool:
 Call = tuple[torch.Tensor, torch.Tensor, Lora]  # A, B, and the rest
 
 
-def _call(module: Any, x: torch.Tensor) -> Call | None:
-    """None where this call is not one plain adapter's alone, or its dtypes are not what is computed here.
+def _call(module: Any, x: torch.Tensor, plain: frozenset[str]) -> Call | None:
+    """None where this call is not one `plain` adapter's alone, or its dtypes are not what is computed here.
 
     Without gradient peft's own way is kept, whose last digits others know, unless weights are low: there it rounds
     more, and policy, evaluation and reference must round alike.
     """
-    active = list(module.active_adapters)
-    if module.disable_adapters or len(active) != 1 or not _is_plain_lora(module, active[0]):
+    active = module.active_adapters
+    if module.disable_adapters or module.merged or len(active) != 1 or active[0] not in plain:
         return None
-    (name,) = active
+    name = active[0]
     base, dropout = module.get_base_layer(), module.lora_dropout[name]
     kind = x.device.type
     computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -221,10 +227,10 @@ def _call(module: Any, x: torch.Tensor) -> Call | None:
 
 
 def _lora_forward(module: Any) -> Callable[..., torch.Tensor]:
-    original = module.forward
+    original, plain = module.forward, _plain_adapters(module)
 
     def forward(self: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        call = None if arguments or keywords else _call(self, x)
+        call = None if arguments or keywords else _call(self, x, plain)
         if call is None:
             result: torch.Tensor = original(x, *arguments, **keywords)
             return result
@@ -241,12 +247,12 @@ def _fuse_mlp(module: Any, adapter: str) -> bool:
     if not all(isinstance(part, nn.Module) for part in parts) or not _is_plain_lora(down, adapter):
         return False
     activation = getattr(module, "act_fn", None)
-    original = module.forward
+    original, plain = module.forward, _plain_adapters(down)
     hidden = down.get_base_layer().out_features
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        call = _call(self.down_proj, gate)
+        call = _call(self.down_proj, gate, plain)
         if call is None:
             result: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
             return result

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from training.engine.cpu_products import multiply
 from training.engine.products import operand_dtype, product
 
 CHUNK_ROWS = 128  # 25 MB of logits over a vocabulary of 49k; more of them are no faster
@@ -62,7 +63,7 @@ class Head:
 
     def pull_back(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """d L / d hidden [n, H] from d L / d logits [n, V]."""
-        return (self.product_gradient(gradient, logits) @ self.weight).to(gradient.dtype)
+        return multiply(self.product_gradient(gradient, logits), self.weight.T).to(gradient.dtype)
 
 
 def log_partition(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +146,7 @@ class _TrainedTokenLogps(torch.autograd.Function):
                 gradient = probabilities.neg_().mul_(upstream)
                 gradient.scatter_add_(-1, targets[:, None], upstream.to(gradient.dtype))
                 of_product = head.product_gradient(gradient, logits)
-                slopes.append((of_product @ head.weight).to(hidden.dtype))
+                slopes.append(multiply(of_product, head.weight.T).to(hidden.dtype))
                 rows = rows.to(of_product.dtype)
                 if of_product.dtype == of_weight.dtype:
                     of_weight.addmm_(of_product.T, rows)

@@ -37,7 +37,7 @@ from training.engine.logps import Head
 from training.engine.packed import choose_layout, tried, use_shared_prefix
 from training.engine.placement import Placement as Placement
 from training.engine.plain import CompletionStates, Layout, padded_states
-from training.engine.products import widen
+from training.engine.products import FLOAT32_BETWEEN, widen
 from training.engine.reference_model import ReferenceChoice, SeparateReference, other_vocabulary
 from training.engine.routing import recorded_routing
 from training.engine.sharding import divide_frozen_weights
@@ -221,12 +221,11 @@ def _computing(config: RunConfig, placement: Placement, base: Any, model: Any) -
         divide_frozen_weights(decoder, placement.device, placement.world)
     if config.quantization == "none":  # what is quantised lies on its device already
         model.to(placement.device)
-    if not placement.exact:
-        widen(decoder)
+    widen(decoder)
     if head.weight.dtype != placement.dtype:
         head = dataclasses.replace(head, compute_dtype=placement.dtype)
     numerics = " ".join(
-        ([] if placement.exact else ["float32 between"])  # a reference that rounded otherwise is another
+        ([] if placement.exact else [FLOAT32_BETWEEN])  # a reference that rounded otherwise is another
         + ([] if config.finetuning_type == "lora" else [config.finetuning_type])
         + ([] if config.quantization == "none" else [config.quantization])
     )

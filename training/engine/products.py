@@ -1,10 +1,10 @@
-"""Matrix products of a frozen model that is kept in bfloat16: operands may be low, what comes out is float32.
+"""Matrix products of a frozen model: operands may be low, what comes out of the forward is float32.
 
 Autocast rounds what each linear layer gives to bfloat16. These roundings, carried from layer to layer, are most of
 what a gradient is off by: without them its error was half (DECISIONS.md). Trained and quantised weights and stacked
-experts are not concerned. A GPU accumulates in float32 anyway and
-gives that away for more memory traffic; a CPU has no such product, so the forward is computed in float32 there,
-weight by weight. Backward products take bfloat16 and give it: they were measured to add next to nothing.
+experts are not concerned. A GPU accumulates in float32 anyway and gives that away for more memory traffic; a CPU has
+no such product, so the forward is computed in float32 there, weight by weight. Backward products take bfloat16 and
+give it: they were measured to add next to nothing. What is in float32 on a CPU goes through `cpu_products`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+
+from training.engine.cpu_products import multiply, prefers_onednn
 
 logger = logging.getLogger(__name__)
 LOW = (torch.bfloat16, torch.float16)
+FLOAT32_BETWEEN = "float32 between products"  # what numbers of a run in a low precision depend on
 
 
 def computes_low(device: torch.device) -> bool:
@@ -26,7 +30,7 @@ def computes_low(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def operand_dtype(weight: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+def operand_dtype(weight: torch.Tensor, wanted: torch.dtype | None = None) -> torch.dtype:
     """What `product` computes with where the weight is asked for in `wanted` (None: as it is kept)."""
     dtype = wanted or weight.dtype
     return torch.float32 if dtype in LOW and not computes_low(weight.device) else dtype
@@ -37,10 +41,9 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     x may be kept in more than the weight. Call it with autocast off.
     """
-    if weight.dtype in LOW and computes_low(x.device):
-        return wide_product(x.to(weight.dtype), weight)
-    dtype = operand_dtype(weight, None)
-    return x.to(dtype) @ weight.to(dtype).T
+    dtype = operand_dtype(weight)
+    x, weight = x.to(dtype), weight.to(dtype)
+    return wide_product(x, weight) if dtype in LOW else multiply(x, weight)
 
 
 def wide_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -74,7 +77,7 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        ctx.dtype = x.dtype
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         with torch.autocast(x.device.type, enabled=False):
             y = product(x.reshape(-1, x.shape[-1]), weight)
             if bias is not None:
@@ -85,19 +88,33 @@ class _WideLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         with torch.autocast(gradients[0].device.type, enabled=False):
-            return (gradients[0].to(weight.dtype) @ weight).to(ctx.dtype), None, None
+            flat = gradients[0].reshape(-1, weight.shape[0]).to(weight.dtype)
+            return multiply(flat, weight.T).view(ctx.shape).to(ctx.dtype), None, None
 
 
 def widen(decoder: nn.Module) -> int:
-    """Let the frozen linear layers that are kept low give float32, from now on; returns how many."""
+    """Let frozen linear layers compute by `product` from now on, where that is better; returns how many do.
+
+    Layers that are kept low give float32 then. Those in float32 give what they gave, faster.
+    """
     count = 0
     for module in decoder.modules():
-        if type(module) is nn.Linear and module.weight.dtype in LOW and not module.weight.requires_grad:
+        if type(module) is nn.Linear and not module.weight.requires_grad and _gains(module.weight):
             module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
             count += 1
     return count
 
 
+def _gains(weight: torch.Tensor) -> bool:
+    if weight.dtype in LOW:
+        return True
+    return weight.dtype is torch.float32 and weight.device.type == "cpu" and prefers_onednn()
+
+
 def _forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if self.weight.dtype not in LOW and torch.is_autocast_enabled(x.device.type):
+        return functional.linear(
+            x, self.weight, self.bias
+        )  # autocast rounds this one, as it does its neighbours
     result: torch.Tensor = _WideLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
     return result

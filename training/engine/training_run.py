@@ -36,6 +36,7 @@ from training.engine.objective import NO_REFERENCE, Objective
 from training.engine.order import Order
 from training.engine.outputs import fingerprint, peak_memory_bytes, save_trained, versions, weight_facts
 from training.engine.policy import Placement, Policy, load_policy, load_tokenizer, use_fast_layout
+from training.engine.products import FLOAT32_BETWEEN
 from training.engine.reference import ReferenceLogps, limit_cache, score_reference
 from training.engine.step_files import continue_files
 from training.engine.watch import prepare_watch, read_watch_prompts
@@ -143,7 +144,7 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         identity=identity_of(config, data.train, policy),
         fingerprint=fingerprint(placement, policy.layout_name, config)
         | {"gradient_checkpointing": str(activations.checkpointed), "fused": str(fused)}
-        | ({} if placement.exact else {"rounding": "float32 between products"}),
+        | ({} if placement.exact else {"rounding": FLOAT32_BETWEEN}),
         watch=watch,
     )
     resume(loop, config, run_dir, events)
