@@ -190,9 +190,7 @@ class Result(TypedDict, total=False):
     seconds: float  # wall time from the engine's start, all attempts together
     phase_seconds: dict[str, float]  # in each of PHASES; together they are `seconds`
     num_tokens: int
-    metrics: dict[
-        str, float | None
-    ]  # of the model that is kept: its evaluation, and the training step before
+    metrics: dict[str, float | None]  # of the model that is kept: its evaluation, and the step before
     last_metrics: dict[str, float | None]  # of the last evaluation and the last training step
     model_step: int  # the step of the model that is kept
     best_step: int  # of the best evaluation by metric_for_best_model; missing without validation
