@@ -11,11 +11,12 @@ from torch import nn
 
 from training.contract import RunConfig
 from training.engine.errors import RefusedError
+from training.engine.file_hashes import known_sha256
 from training.engine.logps import Head
 from training.engine.placement import Placement
 from training.engine.precision import loading_dtype, lower, projection_weight
 from training.engine.quantization import quantization_settings
-from training.engine.starting_point import ADAPTER_SETTINGS, StartingPoint, known_sha256
+from training.engine.starting_point import ADAPTER_SETTINGS, StartingPoint
 
 
 def load_tokenizer(config: RunConfig) -> Any:

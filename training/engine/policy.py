@@ -261,11 +261,15 @@ def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
             f"The tokenizer has more tokens than the base model in {base.name_or_path}.",
             "Download the base model again, or choose another.",
         )
+    seen: list[torch.Tensor] = []
+    watch = policy.scorer.decoder.register_forward_hook(
+        lambda module, args, output: seen.append(output.last_hidden_state)
+    )
     with policy.inference(), policy.scorer.placement.autocast():
         theirs = base(input_ids=ids, use_cache=False).logits[0].float()
-        states = policy.scorer.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+    watch.remove()
     with policy.inference():
-        ours = policy.head.logits(states)
+        ours = policy.head.logits(seen[-1][0])
     if not torch.isfinite(theirs).all():
         raise RefusedError(
             f"The base model in {base.name_or_path} answers with numbers that are not finite: its weights are damaged.",

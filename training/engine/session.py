@@ -24,6 +24,7 @@ from training.engine.errors import (
     explain,
 )
 from training.engine.events import EventLog, open_events, open_log
+from training.engine.file_hashes import begin_hashing
 from training.engine.interrupts import Interrupts
 from training.engine.preflight import check_config
 
@@ -102,6 +103,7 @@ def _attempt(
         config = RunConfig.load(run_dir)
         check_config(config)
         interrupts.check()
+        begin_hashing(sorted(Path(config.model_path).glob("*.safetensors")))
         train = _import_training()  # torch from here on
         result = train(config, run_dir, events=events, interrupts=interrupts)
         if launch.rank() == 0:

@@ -7,7 +7,6 @@ settings beside its weights, one of full fine-tuning the weights of the whole mo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 
-from training.contract import CHECKPOINT_FILES, MANIFEST_FILE, file_sha256, read_manifest, verify_checkpoint
+from training.contract import CHECKPOINT_FILES, MANIFEST_FILE, read_manifest, verify_checkpoint
 from training.engine.errors import RefusedError
+from training.engine.file_hashes import known_sha256
 
 ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # Which base an adapter belongs to, beside it. Not in the header of its weights: safetensors writes the keys there
@@ -131,17 +131,6 @@ def files_sha256(paths: list[Path]) -> str:
     for path in paths:
         total.update(f"{path.name} {known_sha256(path)}\n".encode())
     return total.hexdigest()
-
-
-def known_sha256(path: Path) -> str:
-    """A run asks for the hash of its base more than once; gigabytes are read once."""
-    facts = path.stat()
-    return _sha256(path, facts.st_size, facts.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    return file_sha256(path)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,78 @@
+"""Gigabytes are read once, beside the start of a run, and never believed after a change."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import NewRun
+from training.engine import file_hashes, session
+from training.engine.file_hashes import begin_hashing, known_sha256
+
+
+def written(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 4096])
+def test_a_file_larger_than_a_read_has_its_own_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(file_hashes, "READ_BYTES", 1000)
+    expected = written(tmp_path / "weights", bytes(number % 251 for number in range(size)))
+    assert known_sha256(tmp_path / "weights") == expected
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    for content in (b"one", b"other"):
+        expected = written(path, content)
+        assert known_sha256(path) == expected
+
+
+def test_who_asks_while_it_is_read_waits_for_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reads, began, go = tmp_path / "weights", [], threading.Event(), threading.Event()
+    expected = written(path, b"many bytes")
+
+    def slowly(path: Path) -> str:
+        reads.append(path)
+        began.set()
+        assert go.wait(10)
+        return expected
+
+    monkeypatch.setattr(file_hashes, "_sha256", slowly)
+    begin_hashing([tmp_path / "gone", path])
+    assert began.wait(10)
+    found: list[str] = []
+    asking = threading.Thread(target=lambda: found.append(known_sha256(path)))
+    asking.start()
+    asking.join(0.05)
+    assert not found
+    go.set()
+    asking.join(10)
+    assert found == [expected] and reads == [path]
+
+
+def test_a_run_begins_with_the_hash_of_its_base_before_torch_is_imported(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(max_steps=1)
+    order: list[str] = []
+    importing = session._import_training
+
+    def hashing(paths: list[Path]) -> None:
+        order.extend(path.name for path in paths)
+
+    def imports() -> Any:
+        order.append("torch")
+        return importing()
+
+    monkeypatch.setattr(session, "begin_hashing", hashing)
+    monkeypatch.setattr(session, "_import_training", imports)
+    assert run.train() == 0
+    assert order == ["model.safetensors", "torch"]
