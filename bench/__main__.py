@@ -32,7 +32,7 @@ from bench.random_models import RANDOM_SHAPES, random_model
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("steps", "epochs", "memory", "exactness", "startup")
 STARTER = "SmolLM2-135M-Instruct"
-EPOCH_PAIRS = 6
+EPOCH_PAIRS = 12
 Row = tuple[str, str, str, str]  # what, measured, at least, aim
 GOALS = {"long answers": ("2.3 ×", "3.3 ×"), "short answers": ("2.5 ×", "4.5 ×")}
 
