@@ -110,6 +110,29 @@ def test_the_plan_is_at_least_what_is_really_kept_and_not_much_more(
     assert whole * sum(pair.num_tokens for pair in pairs) > kept[0]
 
 
+@pytest.mark.parametrize(("dtype", "bytes_per_number"), [("float32", 0), ("bfloat16", 2 + 4)])
+def test_copies_of_the_head_are_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, bytes_per_number: int
+) -> None:
+    """In bfloat16 a CPU keeps the projection lower than the embeddings that it shares, and multiplies in float32."""
+    planned: list[int] = []
+    real = activations.plan_activations
+
+    def watched(*arguments: Any, fixed_bytes: int, **keywords: Any) -> Any:
+        planned.append(fixed_bytes)
+        return real(*arguments, fixed_bytes=fixed_bytes, **keywords)
+
+    monkeypatch.setattr(activations, "plan_activations", watched)
+    folder = Architecture("LlamaConfig", {"vocab_size": 5000, "tie_word_embeddings": True}).build(tmp_path)
+    config = tiny_config(folder, dtype=dtype)
+    pairs = tiny_data(folder, 4)
+    policy = load_policy(config, Placement.choose(config), pairs[:1])
+    use_activations(policy, config, pairs)
+    monkeypatch.setattr(activations, "_head_copies", lambda policy: 0)
+    use_activations(policy, config, pairs)
+    assert planned[0] - planned[1] == bytes_per_number * policy.head.weight.numel()
+
+
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
     def set_to(gib: float) -> None:

@@ -25,6 +25,7 @@ def use_activations(policy: Policy, config: RunConfig, pairs: Sequence[Tokenized
     adapter = facts(policy.model)
     trainable = sum(tensor.numel() for tensor in policy.trainable.values())
     frozen = sum(tensor.numel() * tensor.element_size() for tensor in policy.model.parameters())
+    fixed = frozen + _head_copies(policy) + 12 * trainable + RUNTIME_BYTES[kind]
     try:
         shape = shape_of_folder(Path(config.model_path))
     except RefusedError:  # nothing to plan with: what the person said, or everything is kept
@@ -37,7 +38,7 @@ def use_activations(policy: Policy, config: RunConfig, pairs: Sequence[Tokenized
             dropout=config.lora_dropout > 0 and config.finetuning_type == "lora",
             batch_size=config.per_device_train_batch_size,
             longest=max(tokens_of(pair, packed=packed) for pair in pairs),
-            fixed_bytes=frozen + 12 * trainable + 12 * LOGITS_ROWS * shape.vocab_size + RUNTIME_BYTES[kind],
+            fixed_bytes=fixed + 12 * LOGITS_ROWS * shape.vocab_size,
             memory_bytes=this_machine(placement.device).memory_bytes,
             switch=config.gradient_checkpointing,
             fused=is_fused(policy),
@@ -66,3 +67,10 @@ def tokens_of(pair: TokenizedPair, *, packed: bool) -> int:
         return pair.num_tokens
     sides = [side for side in (pair.chosen, pair.rejected) if len(side)]
     return len(sides) * (len(pair.prompt) + max(len(side) for side in sides))
+
+
+def _head_copies(policy: Policy) -> int:
+    """Bytes of the vocabulary projection beside the model's own: kept lower than it, or as products take it."""
+    head, kept = policy.head, {tensor.data_ptr() for tensor in policy.model.parameters()}
+    copies = {tensor.data_ptr(): tensor for tensor in (head.weight, head.ready().weight)}
+    return sum(tensor.numel() * tensor.element_size() for at, tensor in copies.items() if at not in kept)
