@@ -78,7 +78,7 @@ class Faults:
             "nan": (ExitCode.DIVERGED, "The loss became NaN."),
             "oom": (ExitCode.OUT_OF_MEMORY, "The GPU ran out of memory."),
             "disk": (ExitCode.DISK_FULL, "The disk is full."),
-            "refuse": (ExitCode.REFUSED, "The model cannot be read."),
+            "refuse": (ExitCode.REFUSED, f"The model of {run_dir.parent} cannot be read."),
         }[self.name]
         result = {"status": "failed", "error": error, "next_step": "Do something about it."}
         write_atomically(run_dir / RESULT_FILE, json.dumps(result))

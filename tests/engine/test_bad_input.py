@@ -224,3 +224,22 @@ def test_the_result_tells_where_the_time_went_all_attempts_together(
     assert run.result["phase_seconds"]["reference"] > before["reference"] > 0
     assert run.result["phase_seconds"]["starting"] >= before["starting"] + 0.25
     assert sum(run.result["phase_seconds"].values()) == pytest.approx(run.result["seconds"], abs=0.2)
+
+
+def test_a_base_that_prepares_embeddings_before_its_decoder_is_refused(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training calls the decoder alone: what a base does before it would be left out."""
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    theirs = LlamaForCausalLM.forward
+
+    def scaled(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **keywords: Any) -> Any:
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids) * 5
+        return theirs(self, inputs_embeds=inputs_embeds, **keywords)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    run = new_run(max_steps=1)
+    assert run.train() == ExitCode.REFUSED
+    assert "have an output layer that is not known here" in run.result["error"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,15 +10,20 @@ import pytest
 import torch
 from torch import nn
 
+from tests.engine.conftest import run_maker
 from tests.engine.policies import tiny_config
 from tests.engine.test_bfloat16 import SMOLLM2, engine, wide_pairs
+from tests.tiny import build_tiny_model
 from training import processor
-from training.engine import cpu_products, products
+from training.engine import cpu_products, outputs, products
+from training.engine import policy as policy_module
 from training.engine.adapters import POLICY
 from training.engine.cpu_products import multiply
 from training.engine.fused import fuse
+from training.engine.outputs import fingerprint
 from training.engine.policy import Placement, load_policy, use_fast_layout
 from training.engine.products import widen
+from training.engine.reference import reference_key
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 has_onednn = pytest.mark.skipif(
@@ -52,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, fast_amd: None) -> list[tuple[int, ..
 
 
 @has_onednn
-@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("rows", [4, 7, 300])
 @pytest.mark.parametrize(("summed", "columns"), [(576, 192), (100, 90), (64, 16), (1536, 576)])
 def test_products_are_those_of_float32(
     calls: list[tuple[int, ...]], rows: int, summed: int, columns: int
@@ -79,7 +85,8 @@ def test_small_products_other_types_and_no_rows_stay_with_torch(
     big = torch.randn(128, 512)
     assert multiply(torch.randn(5, 16), torch.randn(1024, 16)).shape == (5, 1024)
     assert multiply(torch.randn(5, 64), torch.randn(8, 64)).shape == (5, 8)
-    assert multiply(torch.randn(0, 512), big).shape == (0, 128)
+    for rows in (0, 1, 3):
+        assert multiply(torch.randn(rows, 512), big).shape == (rows, 128)
     for dtype in (torch.float64, torch.bfloat16):
         assert multiply(torch.randn(5, 512).to(dtype), big.to(dtype)).dtype == dtype
 
@@ -196,3 +203,34 @@ def test_training_its_backward_pass_and_the_reference_are_computed_by_it_and_giv
     assert not any(none.values())
     assert torch.allclose(reference, own_reference, atol=2e-5)
     assert (gradient - own_gradient).norm() / own_gradient.norm() < 1e-5
+
+
+@has_onednn
+@pytest.mark.parametrize("finetuning_type", ["lora", "full"])
+def test_what_is_trained_and_its_reference_round_alike(
+    tmp_path: Path, fast_amd: None, finetuning_type: str
+) -> None:
+    run = run_maker(tmp_path, build_tiny_model(tmp_path / "model", hidden_size=128))(
+        max_steps=1, finetuning_type=finetuning_type, learning_rate=1e-6
+    )
+    assert run.train() == 0
+    start = run.points("eval")[0]
+    assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert start["eval_rewards/margins"] == start["eval_kl"] == start["eval_rewards/accuracies"] == 0
+
+
+@has_onednn
+def test_the_cache_and_a_checkpoint_know_who_multiplied(
+    tmp_path: Path, fast_amd: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_maker(tmp_path, build_tiny_model(tmp_path / "model"))(max_steps=1)
+    placement = Placement.choose(run.config)
+
+    def facts() -> tuple[str, str]:
+        policy = load_policy(run.config, placement, wide_pairs(1, 200, longest=9))
+        return reference_key(policy), str(fingerprint(placement, "", run.config))
+
+    by_onednn = facts()
+    for module in (products, policy_module, outputs):
+        monkeypatch.setattr(module, "prefers_onednn", lambda: False)
+    assert not {*by_onednn} & {*facts()}

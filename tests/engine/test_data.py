@@ -137,6 +137,23 @@ def test_an_empty_answer_is_dropped_and_counted_not_learnt_as_its_end(
     assert len(kept) == (2 if side == "chosen" else 3)  # SFT does not read the other answer
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content"])
+def test_an_answer_that_says_something_beside_its_text_is_not_empty(key: str, tokenizer: Any) -> None:
+    source = tiny_pairs(2)
+    source[0]["chosen"] = [message("") | {key: [{"name": "search"}]}]
+    source[1]["chosen"] = [message("") | {key: None}]
+    kept, report = tokenize_pairs(source, tokenizer, max_length=1024)
+    assert [item.id for item in kept] == ["pair-0000"] and report.counts()["empty_answer"] == 1
+
+
+def test_a_number_of_thousands_of_digits_and_a_key_without_end_are_said_shortly(tmp_path: Path) -> None:
+    for line, said in ((f'{{"score": {"9" * 5000}}}', "too many digits"), (f'{{"{"k" * 9999}": 1}}', "kkk…")):
+        (tmp_path / "pairs").write_text(line + "\n")
+        with pytest.raises(RefusedError) as refused:
+            read_pairs(tmp_path / "pairs")
+        assert said in refused.value.sentence and len(refused.value.sentence) < 400
+
+
 def test_the_hash_sees_where_prompt_and_completion_meet() -> None:
     ids = np.arange(10, dtype=np.int32)
     one = TokenizedPair("x", ids[:4], ids[4:7], ids[7:])

@@ -63,16 +63,25 @@ def test_a_run_begins_with_the_hash_of_its_base_before_torch_is_imported(
 ) -> None:
     run = new_run(max_steps=1)
     order: list[str] = []
-    importing = session._import_training
+    importing, reading, hashing = session._import_training, file_hashes._sha256, session.begin_hashing
 
-    def hashing(paths: list[Path]) -> None:
-        order.extend(path.name for path in paths)
+    def begins(paths: list[Path]) -> None:
+        order.extend(["hashes", *(path.name for path in paths)])
+        hashing(paths)
+
+    def reads(path: Path) -> str:
+        order.append(f"reads {path.name}")
+        return reading(path)
 
     def imports() -> Any:
-        order.append("torch")
+        order.append("imports")
         return importing()
 
-    monkeypatch.setattr(session, "begin_hashing", hashing)
+    monkeypatch.setattr(session, "begin_hashing", begins)
     monkeypatch.setattr(session, "_import_training", imports)
+    monkeypatch.setattr(file_hashes, "_sha256", reads)
     assert run.train() == 0
-    assert order == ["model.safetensors", "torch"]
+    assert [entry for entry in order if not entry.startswith("reads")] == [
+        "hashes", "model.safetensors", "imports",
+    ]  # fmt: skip
+    assert order.count("reads model.safetensors") == 1

@@ -188,3 +188,12 @@ def test_dora_is_left_alone(tiny_model: Path) -> None:
     assert not [
         name for name, module in model.named_modules() if "forward" in vars(module) and "norm" not in name
     ]
+
+
+def test_a_merged_adapter_is_not_added_again(tiny_model: Path) -> None:
+    policy, pairs = tiny_policy(tiny_config(tiny_model)), tiny_data(tiny_model, 2)
+    fuse(policy.model, POLICY)
+    policy.model.eval()
+    before = policy.scorer(pairs).hidden.detach()
+    policy.model.merge_adapter()
+    torch.testing.assert_close(policy.scorer(pairs).hidden.detach(), before, rtol=1e-4, atol=1e-5)

@@ -86,5 +86,7 @@ def test_pairs_inside_the_run_directory_are_called_as_there(new_run: NewRun) -> 
 
 
 def test_only_what_lies_inside_is_shortened() -> None:
-    seen = Explanation("/runs/a/pairs and /runs/ab/pairs", "/runs/a", 2).seen_from(Path("/runs/a"))
-    assert (seen.sentence, seen.next_step) == ("pairs and /runs/ab/pairs", "/runs/a")
+    text = "/runs/a/pairs, (/runs/a/x) and /runs/ab/pairs, /mnt/runs/a/base"
+    seen = Explanation(text, "/runs/a", 2).seen_from(Path("/runs/a"))
+    assert seen.sentence == "pairs, (x) and /runs/ab/pairs, /mnt/runs/a/base"
+    assert seen.next_step == "/runs/a"

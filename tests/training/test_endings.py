@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,16 @@ def found(exit_code: int, **fields: Any) -> Circumstances:
         "result": None, "asked": Asked.NOTHING, "memory_retries": 0, "micro_batch": 2, "oom_killed": False,
     }  # fmt: skip
     return Circumstances(exit_code=exit_code, **values | fields)
+
+
+def test_an_ending_calls_what_lies_in_the_data_folder_as_it_is_called_there() -> None:
+    result = {
+        "error": "/srv/data/models/a is damaged, /mnt/srv/data/b is not.",
+        "next_step": "See /srv/data/c.",
+    }
+    ending = judge(found(ExitCode.REFUSED, result=result)).seen_from(Path("/srv/data"))
+    assert ending.text == "models/a is damaged, /mnt/srv/data/b is not."
+    assert ending.next_step == "See c."
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,14 @@ def test_a_batch_becomes_points_sentences_and_the_standing_of_the_task(
     assert task.runs.get().events_offset == 600
 
 
+def test_paths_in_sentences_are_those_of_the_data_folder(
+    task: TrainingTask, lease: Lease, settings: Any
+) -> None:
+    folder = Path(settings.DATA_DIR)
+    publish(lease, lines(log(f"{folder / 'base_models' / 'a'} and /elsewhere/b")), offset=60)
+    assert task.events.get(source="engine").text == "base_models/a and /elsewhere/b"
+
+
 def test_nan_and_what_is_no_number_become_null(task: TrainingTask, lease: Lease) -> None:
     values = {"loss": float("nan"), "kl": float("inf"), "grad_norm": "1", "num_tokens": 5, "beta": True}
     publish(lease, lines(metrics(1, **values)), offset=1)

@@ -19,6 +19,7 @@ SUMMED, WEIGHT = (
     64,
     2**13,
 )  # numbers summed for each result, elements of the weight: below, calling costs more
+BY_ONEDNN = "products by oneDNN"  # what the numbers of a run on a CPU depend on
 TRIAL = (96, 256, 192)  # rows, summed, columns
 TOLERANCE = 2e-6  # relative; MKL's own error is 3e-7, a bfloat16 or tf32 product's 1e-3
 
@@ -28,7 +29,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     oneDNN's have no gradient: call it in a `torch.autograd.Function`, with autocast off.
     """
-    large = x.shape[-1] >= SUMMED and weight.numel() >= WEIGHT and x.shape[0] > 0
+    large = x.shape[0] >= ROWS and x.shape[-1] >= SUMMED and weight.numel() >= WEIGHT
     if not large or {x.dtype, weight.dtype} != {torch.float32} or x.device.type != "cpu":
         return x @ weight.T
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

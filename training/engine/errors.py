@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import os
 from pathlib import Path
 
 from training.contract import ExitCode, RunConfig
 from training.run_checks import ConfigError
+from training.shown_paths import seen_from
 
 CRASH = 1  # the exit code of what was not understood
 
@@ -62,10 +62,8 @@ class Explanation:
 
     def seen_from(self, run_dir: Path) -> Explanation:
         """The same with paths inside `run_dir` as they are called there; others stay whole."""
-        inside = f"{run_dir}{os.sep}"
-        return dataclasses.replace(
-            self, sentence=self.sentence.replace(inside, ""), next_step=self.next_step.replace(inside, "")
-        )
+        sentence, next_step = (seen_from(run_dir, text) for text in (self.sentence, self.next_step))
+        return dataclasses.replace(self, sentence=sentence, next_step=next_step)
 
     @property
     def line(self) -> str:

@@ -17,7 +17,7 @@ import torch
 from training.contract import ADAPTER_DIR, MODEL_DIR, AdapterFacts, Result, RunConfig, file_sha256
 from training.engine.adapters import POLICY, REFERENCE, facts, settings_of
 from training.engine.checkpoints import flush_to_disk, remove_tree, require_finite
-from training.engine.cpu_products import prefers_onednn
+from training.engine.cpu_products import BY_ONEDNN, prefers_onednn
 from training.engine.objective import Objective
 from training.engine.policy import Placement, Policy
 from training.engine.starting_point import ADAPTER_SETTINGS, BASE_FILE, base_note, files_sha256
@@ -145,7 +145,7 @@ def versions() -> dict[str, str]:
 def fingerprint(placement: Placement, layout: str, config: RunConfig) -> dict[str, str]:
     """Under the same fingerprint a resumed run repeats every bit."""
     cuda = placement.device.type == "cuda"
-    cpu = f"cpu {platform.machine()}" + (", products by oneDNN" if prefers_onednn() else "")
+    cpu = f"cpu {platform.machine()}" + (f", {BY_ONEDNN}" if prefers_onednn() else "")
     return {
         "device": torch.cuda.get_device_name(placement.device) if cuda else cpu,
         "dtype": placement.dtype_name,

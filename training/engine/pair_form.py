@@ -41,13 +41,19 @@ def pair_of_line(line: str, path: Path, number: int, sides: Sequence[str]) -> di
     return pair
 
 
-def is_blank(messages: Sequence[dict[str, str]]) -> bool:
+def is_blank(messages: Sequence[dict[str, Any]]) -> bool:
     """Whether an answer says nothing somewhere: what the dataset page calls `empty_answer`.
 
-    The template would still write its end of answer, and training would teach to end at once.
+    The template would still write its end of answer, and training would teach to end at once. A message that
+    calls a tool, or carries anything else beside its text, says that.
     """
-    said = [message["content"] for message in messages if message["role"] == "assistant"]
-    return not messages or not all(text.strip() for text in said)
+    said = [message for message in messages if message["role"] == "assistant"]
+    return not messages or not all(_says_something(message) for message in said)
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    beside = any(value for key, value in message.items() if key not in {"role", "content"})
+    return bool(message["content"].strip()) or beside
 
 
 def _read(line: str, keys: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -59,6 +65,8 @@ def _read(line: str, keys: Sequence[str]) -> tuple[str, dict[str, Any]]:
         return f"it is not JSON ({error.msg} at character {error.pos + 1})", {}
     except RecursionError:
         return "it is nested too deeply", {}
+    except ValueError:  # of Python itself, which reads no number of thousands of digits
+        return "it holds a number with too many digits", {}
     if not isinstance(pair, dict):
         return f"it is {_found(pair)}, not an object", {}
     missing = [key for key in keys if key not in pair]
@@ -73,7 +81,8 @@ def _read(line: str, keys: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 def _other_form(pair: dict[str, Any], missing: Sequence[str]) -> str:
     """Which keys it lacks, which it has, and whose form that is."""
-    found = ", ".join(sorted(pair)[:KEYS_SHOWN]) + (", …" if len(pair) > KEYS_SHOWN else "")
+    shown = [_cut(key) for key in sorted(pair)[:KEYS_SHOWN]]
+    found = ", ".join(shown) + (", …" if len(pair) > KEYS_SHOWN else "")
     text = f"it has no {' and no '.join(missing)}; its keys are {found or 'none'}"
     whose = next((name for keys, name in OTHER_FORMS if keys <= set(pair)), "")
     return f"{text} ({whose})" if whose else text
@@ -100,10 +109,14 @@ def _found(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return f"the text “{value[:TEXT_SHOWN]}{'…' if len(value) > TEXT_SHOWN else ''}”"
+        return f"the text “{_cut(value)}”"
     if isinstance(value, (int, float)):
         return f"the number {value}"
     return "a list" if isinstance(value, list) else "an object"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}…"
 
 
 def _noun(sides: Sequence[str]) -> str:

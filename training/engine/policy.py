@@ -31,6 +31,7 @@ from training.engine.adapters import (
 )
 from training.engine.base_model import load_base, parts, unknown_head, weights_sha256
 from training.engine.base_model import load_tokenizer as load_tokenizer
+from training.engine.cpu_products import BY_ONEDNN, prefers_onednn
 from training.engine.data import TokenizedPair
 from training.engine.errors import RefusedError
 from training.engine.logps import Head
@@ -221,13 +222,15 @@ def _computing(config: RunConfig, placement: Placement, base: Any, model: Any) -
         divide_frozen_weights(decoder, placement.device, placement.world)
     if config.quantization == "none":  # what is quantised lies on its device already
         model.to(placement.device)
-    widen(decoder)
+    if not (placement.exact and config.finetuning_type == "full"):  # a reference rounds as what is trained
+        widen(decoder)
     if head.weight.dtype != placement.dtype:
         head = dataclasses.replace(head, compute_dtype=placement.dtype)
     numerics = " ".join(
         ([] if placement.exact else [FLOAT32_BETWEEN])  # a reference that rounded otherwise is another
         + ([] if config.finetuning_type == "lora" else [config.finetuning_type])
         + ([] if config.quantization == "none" else [config.quantization])
+        + ([BY_ONEDNN] if placement.device.type == "cpu" and prefers_onednn() else [])
     )
     return Policy(
         model, Scorer(model, decoder, padded_states, placement), head, "", "", "", numerics=numerics
@@ -261,15 +264,12 @@ def _check_head(policy: Policy, base: Any, pair: TokenizedPair) -> None:
             f"The tokenizer has more tokens than the base model in {base.name_or_path}.",
             "Download the base model again, or choose another.",
         )
-    seen: list[torch.Tensor] = []
-    watch = policy.scorer.decoder.register_forward_hook(
-        lambda module, args, output: seen.append(output.last_hidden_state)
-    )
     with policy.inference(), policy.scorer.placement.autocast():
         theirs = base(input_ids=ids, use_cache=False).logits[0].float()
-    watch.remove()
+        # Called by itself, as training calls it: what a base does before its decoder would show here.
+        states = policy.scorer.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
     with policy.inference():
-        ours = policy.head.logits(seen[-1][0])
+        ours = policy.head.logits(states)
     if not torch.isfinite(theirs).all():
         raise RefusedError(
             f"The base model in {base.name_or_path} answers with numbers that are not finite: its weights are damaged.",

@@ -6,9 +6,11 @@ import dataclasses
 import enum
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from training.contract import ExitCode
+from training.shown_paths import seen_from
 
 MEMORY_ADVICE = (
     "Choose a smaller batch_size or max_context_length, a lower lora_rank, or a smaller base model; "
@@ -40,6 +42,11 @@ class Ending:
     text: str  # what happened, one sentence
     next_step: str = ""
     with_log: bool = False
+
+    def seen_from(self, folder: Path) -> Ending:
+        """The same with paths inside `folder` relative to it: who reads a task's page may not know the server."""
+        text, next_step = (seen_from(folder, words) for words in (self.text, self.next_step))
+        return dataclasses.replace(self, text=text, next_step=next_step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

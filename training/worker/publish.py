@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
+from django.conf import settings
 from django.db import transaction
 
 from training.models import Checkpoint, MetricPoint, Run, TaskEvent, TrainingTask
+from training.shown_paths import seen_from
 from training.worker.leases import Lease, hold
 from training.worker.tail import Line, TailReader
 
@@ -95,7 +98,7 @@ def _sentences(task: TrainingTask, events: list[tuple[int, dict[str, Any]]], *, 
                     time=float(event.get("time", 0.0)),
                     level=event["level"],
                     source="engine",
-                    text=event["text"][:4000],
+                    text=seen_from(Path(settings.DATA_DIR), event["text"])[:4000],
                     dedupe=dedupe,
                 )
             )

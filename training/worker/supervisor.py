@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from django.conf import settings
 from django.db import InterfaceError, OperationalError, close_old_connections, transaction
 
 from training.contract import EVENTS_FILE, Result
@@ -240,7 +241,7 @@ class Supervisor:
                 micro_batch=prepared.config.per_device_train_batch_size,
                 oom_killed=oom_killed,
             )
-        )
+        ).seen_from(Path(settings.DATA_DIR))
         if ending.then is Then.DONE and result is not None:
             self._keep_model(prepared.run_dir, result)
         else:
