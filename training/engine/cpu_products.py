@@ -15,10 +15,8 @@ import torch
 from training.processor import is_amd_with_avx512
 
 logger = logging.getLogger(__name__)
-SUMMED, WEIGHT = (
-    64,
-    2**13,
-)  # numbers summed for each result, elements of the weight: below, calling costs more
+# Rows, numbers summed for each result, elements of the weight: below, calling costs more than is gained.
+ROWS, SUMMED, WEIGHT = 4, 64, 2**13
 BY_ONEDNN = "products by oneDNN"  # what the numbers of a run on a CPU depend on
 TRIAL = (96, 256, 192)  # rows, summed, columns
 TOLERANCE = 2e-6  # relative; MKL's own error is 3e-7, a bfloat16 or tf32 product's 1e-3
