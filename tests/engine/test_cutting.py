@@ -207,7 +207,7 @@ def test_the_plan_and_the_result_tell_each_split_and_reason_apart(new_run: NewRu
 
 def test_another_rule_is_another_trajectory(new_run: NewRun) -> None:
     """Else a resumed run would go on with pairs that its first steps never saw."""
-    from training.engine.training_run import NOT_IDENTITY
+    from training.engine.trajectory import NOT_IDENTITY
 
     fields = {"max_length", "max_length_per", "max_prompt_length", "max_completion_length", "truncation_mode"}
     assert fields <= {field.name for field in dataclasses.fields(RunConfig)} - NOT_IDENTITY

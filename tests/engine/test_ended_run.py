@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import NewRun, RunFolder
+from tests.engine.interruptions import StopAt
 from training.contract import ExitCode
 from training.engine import session
 from training.engine import train as train_in_python
-from training.engine.ended_run import note_on_ended
+from training.engine.ended_run import STEP_SETTINGS, note_on_ended
 from training.engine.errors import RefusedError
+from training.engine.trajectory import NOT_IDENTITY
 
 
 @pytest.fixture
@@ -99,8 +101,72 @@ def test_only_what_ended_well_is_closed(finished: RunFolder, change: dict[str, A
 def test_a_run_that_a_person_stopped_is_not_trained_over_with_other_settings(finished: RunFolder) -> None:
     stopped = finished.result | {"status": "stopped", "stopped_by": "request"}
     (finished.path / "result.json").write_text(json.dumps(stopped))
-    with pytest.raises(RefusedError, match="seed"):
+    with pytest.raises(
+        RefusedError, match=r"was stopped at step 2, and its settings are others now: seed \(42, now 7"
+    ):
         note_on_ended(finished.write(seed=7).path)
+
+
+@pytest.fixture
+def stopped(new_run: NewRun) -> RunFolder:
+    run = new_run(save_steps=50)
+    assert run.train(StopAt(run, 2)) == 0
+    assert run.result["stopped_by"] == "request"
+    return run
+
+
+def test_a_run_that_a_person_stopped_goes_on_with_what_its_checkpoints_go_on_with(
+    stopped: RunFolder, tmp_path: Path
+) -> None:
+    again = (tmp_path / "model-again").resolve()
+    again.symlink_to(stopped.config.model_path)
+    stopped.write(
+        run_id="other", save_steps=1, resume_from=str(stopped.path), model_path=str(again), record_pairs=False,
+        per_device_train_batch_size=4, gradient_accumulation_steps=1, eval_steps=3,
+    )  # fmt: skip
+    assert note_on_ended(stopped.path) == ""
+    result = train_in_python(stopped.config, stopped.path)
+    assert (result["status"], result["step"]) == ("succeeded", result["total_steps"])
+    assert "Continued from the checkpoint of step 2." in stopped.texts()
+    with pytest.raises(RefusedError, match=r"is finished, .* eval_steps"):
+        note_on_ended(stopped.write(eval_steps=0).path)
+
+
+def test_no_setting_that_resume_allows_closes_a_stopped_run_and_every_other_does(stopped: RunFolder) -> None:
+    """Whatever the values are: result.json of a run that had another one in each."""
+    result = stopped.result
+    for key, value in json.loads(stopped.config.to_json()).items():
+        if key in STEP_SETTINGS:
+            continue
+        changed = result | {"config": result["config"] | {key: "another" if value != "another" else ""}}
+        (stopped.path / "result.json").write_text(json.dumps(changed))
+        if key in NOT_IDENTITY:
+            assert note_on_ended(stopped.path) == "", key
+        else:
+            with pytest.raises(
+                RefusedError, match=f"was stopped at step 2, and its settings are others now: {key} "
+            ):
+                note_on_ended(stopped.path)
+
+
+def test_other_pairs_in_a_step_are_another_trajectory(stopped: RunFolder) -> None:
+    stopped.write(gradient_accumulation_steps=3)
+    with pytest.raises(RefusedError, match=r"others now: gradient_accumulation_steps \(2, now 3\)\."):
+        note_on_ended(stopped.path)
+
+
+def test_a_folder_of_the_other_kind_is_not_the_run_s_model(finished: RunFolder) -> None:
+    """A base model that lies in the run's own folder."""
+    (finished.path / "model").mkdir()
+    assert "is finished" in note_on_ended(finished.path)
+    (finished.path / "adapter").rename(finished.path / "aside")
+    assert note_on_ended(finished.path) == ""
+    full = finished.result | {"config": finished.result["config"] | {"finetuning_type": "full"}}
+    (finished.path / "result.json").write_text(json.dumps(full))
+    finished.write(finetuning_type="full")
+    assert f"{finished.path / 'model'} as model_path" in note_on_ended(finished.path)
+    (finished.path / "model").rename(finished.path / "adapter")
+    assert note_on_ended(finished.path) == ""
 
 
 def test_a_setting_that_is_newer_than_the_run_had_its_default(finished: RunFolder) -> None:

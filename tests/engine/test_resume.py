@@ -17,7 +17,8 @@ from tests.engine.interruptions import LeaveAt
 from training.contract import ExitCode, RunConfig, file_sha256, verify_checkpoint
 from training.engine import checkpoints
 from training.engine.errors import explain
-from training.engine.training_run import FIRST_SETTINGS, NOT_IDENTITY, identity_of
+from training.engine.training_run import identity_of
+from training.engine.trajectory import FIRST_SETTINGS, NOT_IDENTITY
 
 SETTINGS: dict[str, Any] = {"pairs": 24, "num_train_epochs": 2, "lora_dropout": 0.2, "eval_steps": 3}
 

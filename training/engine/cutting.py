@@ -60,12 +60,6 @@ class CutRule:
             and longest <= (self.max_completion_length or longest)
         )
 
-    def bounded(self, prompt: int, longest: int) -> int:
-        """Tokens of a prompt with its longer answer once the parts' own bounds are kept."""
-        return min(prompt, self.max_prompt_length or prompt) + min(
-            longest, self.max_completion_length or longest
-        )
-
     def sentence(self) -> str:
         parts = {
             "keep_end": "the start of the prompt first, then the ends of the answers",
@@ -132,22 +126,25 @@ class DataReport:
     over_long: int = 0  # dropped: the mode is drop
     refused_by_template: int = 0
     template_message: str = ""
-    stumps: int = 0  # kept, but max_length left fewer than STUMP_TOKENS of prompt or answer
-    lengths: list[int] = dataclasses.field(default_factory=list)  # uncut, of what was fit to be learnt from
+    # For the judgement of max_length: only pairs that are fit to be learnt from once the parts' own bounds are kept,
+    # for no other is helped by a longer one.
+    lengths: list[int] = dataclasses.field(default_factory=list)  # of each, before max_length cut it
+    left: int = 0  # of these, what max_length did not leave without an answer or drop whole
+    stumps: int = (
+        0  # of these, cut by it to fewer than STUMP_TOKENS of prompt or answer, or to the same answers
+    )
 
-    @property
-    def too_long(self) -> int:
-        """Pairs that did not fit: cut, or dropped for it."""
-        return self.truncated + self.became_identical + self.became_empty + self.over_long
+    def too_long(self, max_length: int) -> int:
+        """Pairs that max_length itself cuts or drops."""
+        return sum(length > max_length for length in self.lengths)
 
     @property
     def is_mostly_stumps(self) -> bool:
-        """Whether cutting to max_length left nothing to compare in most pairs."""
-        return self.stumps + self.became_identical + self.became_empty > STUMP_SHARE * len(self.lengths)
+        """Whether cutting to max_length left nothing to compare in most of the pairs that it left at all."""
+        return self.stumps > STUMP_SHARE * self.left
 
-    @property
-    def is_notably_cut(self) -> bool:
-        return self.too_long > NOTABLE_SHARE * self.read
+    def is_notably_cut(self, max_length: int) -> bool:
+        return self.too_long(max_length) > NOTABLE_SHARE * self.read
 
     def enough_tokens(self) -> int:
         """The least tokens for a prompt with one answer that leave WHOLE_SHARE of the pairs whole."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +98,8 @@ def tokenize_pairs(
         for index, (name, _) in enumerate(rendered):
             whole = _split_completions(name, *ids[each * index : each * (index + 1)])
             cut = cut_pair(whole, max_length=max_length, rule=rule, bos=tokenizer.bos_token_id)
+            bounded = cut_pair(whole, max_length=sys.maxsize, rule=rule, bos=tokenizer.bos_token_id)
+            _judge_length(cut, bounded, report, sides)
             if _keep(cut, whole, report, sides):
                 assert cut is not None  # noqa: S101 - what is kept is there
                 kept.append(cut)
@@ -164,8 +167,6 @@ def _keep(cut: TokenizedPair | None, whole: TokenizedPair, report: DataReport, s
     elif _is_identical(whole, sides):
         report.identical += 1
     else:
-        longest = max(len(whole.chosen), len(whole.rejected))
-        report.lengths.append(report.rule.bounded(len(whole.prompt), longest))
         return _survives(cut, whole, report, sides)
     return False
 
@@ -184,19 +185,32 @@ def _survives(cut: TokenizedPair | None, whole: TokenizedPair, report: DataRepor
         report.truncated += prompt_cut or completion_cut
         report.prompts_cut += prompt_cut
         report.completions_cut += completion_cut
-        report.stumps += _is_stump(cut, whole, report.rule, sides)
         return True
     return False
 
 
-def _is_stump(cut: TokenizedPair, whole: TokenizedPair, rule: CutRule, sides: Sides) -> bool:
-    """Whether max_length, not the parts' own bounds, left next to nothing of the prompt or an answer."""
-    bounds = {"prompt": rule.max_prompt_length} | dict.fromkeys(sides, rule.max_completion_length)
-    for name, bound in bounds.items():
-        had = len(getattr(whole, name))
-        if len(getattr(cut, name)) < min(had, bound or had, STUMP_TOKENS):
-            return True
-    return False
+def _judge_length(
+    cut: TokenizedPair | None, bounded: TokenizedPair | None, report: DataReport, sides: Sides
+) -> None:
+    """Count what max_length itself did to a pair. `bounded`: with the parts' own bounds only, None where they drop it.
+
+    A pair that those bounds, or its own text, make useless is no reason for another max_length.
+    """
+    if bounded is None or _is_empty(bounded, sides) or _is_identical(bounded, sides):
+        return
+    report.lengths.append(len(bounded.prompt) + max(len(bounded.chosen), len(bounded.rejected)))
+    if cut is None or _is_empty(cut, sides):
+        return
+    report.left += 1
+    report.stumps += _is_stump(cut, bounded, sides)
+
+
+def _is_stump(cut: TokenizedPair, bounded: TokenizedPair, sides: Sides) -> bool:
+    """Whether max_length left next to nothing of the prompt or an answer, or the same answers."""
+    return _is_identical(cut, sides) or any(
+        len(getattr(cut, name)) < min(len(getattr(bounded, name)), STUMP_TOKENS)
+        for name in ("prompt", *sides)
+    )
 
 
 def _is_empty(pair: TokenizedPair, sides: Sides) -> bool:

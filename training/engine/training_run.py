@@ -39,32 +39,10 @@ from training.engine.policy import Placement, Policy, load_policy, load_tokenize
 from training.engine.products import FLOAT32_BETWEEN
 from training.engine.reference import ReferenceLogps, limit_cache, score_reference
 from training.engine.step_files import continue_files
+from training.engine.trajectory import trajectory_settings
 from training.engine.watch import prepare_watch, read_watch_prompts
 
 logger = logging.getLogger(__name__)
-
-# Settings that may differ between an attempt and the one it continues: where files are, when to save and
-# look, and how a step's pairs are cut into micro-batches (their product is part of the identity).
-NOT_IDENTITY = {
-    "run_id", "model_path", "train_path", "eval_path", "adapter_path", "base_model_name", "chat_template_path",
-    "reference_model_path", "reference_adapter_path", "reference_cache_dir",
-    "reference_cache_bytes", "resume_from",
-    "eval_steps", "save_steps", "save_seconds", "device", "dtype", "gradient_checkpointing",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "record_pairs",
-    "watch_path", "watch_prompts", "watch_max_new_tokens", "watch_temperature",
-    "num_devices", "parallelism",
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
-    "early_stopping_threshold", "kl_budget",
-}  # fmt: skip
-
-# Settings that were part of the identity from the start. A later one counts where it is not its default, so that
-# the checkpoints of a task outlive a new setting.
-FIRST_SETTINGS = {
-    "method", "loss_type", "beta", "label_smoothing", "num_train_epochs", "learning_rate", "lr_scheduler_type",
-    "warmup_ratio", "weight_decay", "max_grad_norm", "max_length", "seed", "max_steps", "lora_r", "lora_alpha",
-    "lora_dropout", "target_modules",
-}  # fmt: skip
-
 
 MOST_FOR_ALL_WEIGHTS = 1e-5
 
@@ -301,8 +279,14 @@ def prepare_split(
     if not tokenized:
         raise RefusedError(
             f"No {words} {noun} is left of {report.read}. {sentences[-1]}",
-            "Correct the dataset; where pairs were cut, raise max_length (max_context_length)"
-            + (f": {enough}" if (enough := longer_length(config, report)) else "."),
+            "Correct the dataset"
+            + (
+                f"; where pairs were cut, raise max_length (max_context_length): {enough}"
+                if (enough := longer_length(config, report))
+                else ", or raise max_prompt_length or max_completion_length where they cut too much."
+                if config.max_prompt_length or config.max_completion_length
+                else "."
+            ),
         )
     say_short_length(config, report, events, words, trains=path == Path(config.train_path))
     return tokenized, report.counts()
@@ -313,17 +297,18 @@ def say_short_length(
 ) -> None:
     """A warning where much was cut; a refusal where most of what would be learnt was. An evaluation only warns."""
     enough = longer_length(config, report)
-    if not enough or not report.is_notably_cut:
+    if not enough or not report.is_notably_cut(config.side_length):
         return
     if trains and report.is_mostly_stumps:
         raise RefusedError(
-            f"max_length {config.max_length} is too short for these {report.noun}s: of most of the {report.read} it "
-            f"leaves fewer than {STUMP_TOKENS} tokens of the prompt or of an answer.",
+            f"max_length {config.max_length} is too short for these {report.noun}s: {report.stumps} of the "
+            f"{report.left} that it leaves keep fewer than {STUMP_TOKENS} tokens of the prompt or of an answer"
+            + (", or the same answers." if report.noun == "pair" else "."),
             f"Raise max_length (max_context_length): {enough}",
         )
     events.log(
-        f"{report.too_long} of {report.read} {words} {report.noun}s do not fit max_length {config.max_length}: "
-        f"{enough}",
+        f"{report.too_long(config.side_length)} of {report.read} {words} {report.noun}s do not fit max_length "
+        f"{config.max_length}: {enough}",
         "warning",
     )
 
@@ -338,14 +323,7 @@ def longer_length(config: RunConfig, report: DataReport) -> str:
 
 
 def identity_of(config: RunConfig, pairs: list[TokenizedPair], policy: Policy) -> Identity:
-    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-    settings = {
-        key: value
-        for key, value in dataclasses.asdict(config).items()
-        if key not in NOT_IDENTITY and (key in FIRST_SETTINGS or value != defaults[key])
-    }
-    settings["pairs_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    text = json.dumps(settings, sort_keys=True)
+    text = json.dumps(trajectory_settings(config), sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest(), data_sha256(pairs), policy.trajectory_sha256)
 
 
