@@ -36,8 +36,8 @@ START_SECONDS = 15.0  # interpreter, imports, tokenising
 READ_BYTES_PER_SECOND = 400e6
 FLOOR_SECONDS_PER_STEP = {"cpu": 0.05, "cuda": 0.08}  # optimizer, logging, kernel launches
 UTILISATION = 0.35  # share of a GPU's datasheet speed that LoRA training reaches
-CPU_FLOPS_PER_CORE = 4e10  # float32
-AMD_AVX512_FLOPS_PER_CORE = 8e10  # see `engine.cpu_products`
+CPU_FLOPS_PER_CORE = 4e10  # float32; 108 GFLOP/s were measured on two cores, others are slower
+AMD_AVX512_FLOPS_PER_CORE = 1e11  # see `engine.cpu_products`; 240 to 280 GFLOP/s were measured on two cores
 # Dense bf16 tensor speed by name, TFLOP/s, from the datasheets; a GPU not listed counts as 60.
 GPU_TFLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250), ("H200", 989), ("H100", 989), ("A100", 312), ("L40", 362), ("RTX 5090", 209),
