@@ -187,7 +187,7 @@ class Result(TypedDict, total=False):
     next_step: str  # what the person can do about it
     step: int
     total_steps: int
-    seconds: float  # wall time from the engine's start, all attempts together
+    seconds: float  # wall time from the engine's start, with the attempts that it went on from
     phase_seconds: dict[str, float]  # in each of PHASES; together they are `seconds`
     num_tokens: int
     metrics: dict[str, float | None]  # of the model that is kept: its evaluation, and the step before

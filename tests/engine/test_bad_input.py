@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 from tests.engine.conftest import NewRun, RunFolder
 from tests.tiny import CHAT_TEMPLATE, build_tiny_model, build_tiny_pairs
 from training.contract import ExitCode
-from training.engine import session
 from training.engine.divergence import ENOUGH, EXPLODING_LIMIT, is_exploding
 from training.engine.loop import Loop
 
@@ -193,37 +191,6 @@ def test_a_chat_template_can_be_named(new_run: NewRun, tmp_path: Path) -> None:
     own = new_run("own", max_steps=1)
     assert own.train() == 0
     assert own.result["data_sha256"] != named.result["data_sha256"]
-
-
-def test_the_result_tells_where_the_time_went_all_attempts_together(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = new_run(max_steps=4)
-    slow = session._import_training
-    monkeypatch.setattr(session, "_import_training", lambda: time.sleep(0.25) or slow())  # type: ignore[func-returns-value]
-    assert run.train() == 0
-    spent = run.result["phase_seconds"]
-    assert set(spent) >= {
-        "starting",
-        "preparing_data",
-        "loading_model",
-        "reference",
-        "training",
-        "evaluating",
-        "saving",
-    }
-    assert all(seconds >= 0 for seconds in spent.values())
-    assert spent["starting"] >= 0.25
-    assert sum(spent.values()) == pytest.approx(run.result["seconds"], abs=0.2)
-    state = run.path / "checkpoints/step-000004/state.json"
-    kept = json.loads(state.read_text())
-    before = kept["phase_seconds"]
-    assert sum(before.values()) == pytest.approx(kept["seconds"], abs=0.2)
-    assert run.train() == 0  # continued: nothing is left to do
-    assert run.result["phase_seconds"]["training"] >= before["training"] > 0
-    assert run.result["phase_seconds"]["reference"] > before["reference"] > 0
-    assert run.result["phase_seconds"]["starting"] >= before["starting"] + 0.25
-    assert sum(run.result["phase_seconds"].values()) == pytest.approx(run.result["seconds"], abs=0.2)
 
 
 def test_a_base_that_prepares_embeddings_before_its_decoder_is_refused(

@@ -45,6 +45,8 @@ class EventLog:
         self._started = time.monotonic()
         self._since = self._started  # of the phase's begin, as far as it is not in `_spent`
         self._spent: dict[str, float] = {}
+        self._seconds_before = 0.0
+        self._spent_before: Mapping[str, float] = {}
 
     def __enter__(self) -> EventLog:
         return self
@@ -71,18 +73,23 @@ class EventLog:
             logger.info("phase %s", phase)
         self.write({"type": "phase", "time": now, "phase": phase, "done": done, "total": total, "unit": unit})
 
-    def phase_seconds(self, before: Mapping[str, float]) -> dict[str, float]:
+    def add_earlier(self, seconds: float, phase_seconds: Mapping[str, float]) -> None:
+        """What the attempts that this one continues spent, all phases together and in each: counted from now on."""
+        self._seconds_before, self._spent_before = seconds, phase_seconds
+
+    def phase_seconds(self) -> dict[str, float]:
         """Wall time in each phase so far, with what earlier attempts spent in it."""
         self._spend(self._phase)
+        before = self._spent_before
         return {
             phase: round(before.get(phase, 0.0) + self._spent.get(phase, 0.0), 3)
             for phase in PHASES
             if phase in before or phase in self._spent
         }
 
-    def seconds(self, before: float) -> float:
+    def seconds(self) -> float:
         """Wall time of the attempt so far, all phases together, with that of earlier attempts."""
-        return round(before + time.monotonic() - self._started, 3)
+        return round(self._seconds_before + time.monotonic() - self._started, 3)
 
     def _spend(self, next_phase: str) -> None:
         now, phase = time.monotonic(), self._phase or next_phase  # what precedes the first phase is its own

@@ -344,8 +344,8 @@ class Loop:
         self.record.flush(self.state.step)  # before: what the checkpoint has behind it is on disk
         state = dataclasses.replace(
             self.state,
-            seconds=self.events.seconds(self.state.seconds),
-            phase_seconds=self.events.phase_seconds(self.state.phase_seconds),
+            seconds=self.events.seconds(),
+            phase_seconds=self.events.phase_seconds(),
         )
         self.world.require_same("the weights", tensors_sha256(self.trainable))
 

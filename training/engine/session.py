@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +93,6 @@ def _import_training() -> Callable[..., Result]:
 def _attempt(
     run_dir: Path, events: EventLog, interrupts: Interrupts
 ) -> tuple[Explanation | None, Exception | None]:
-    started = time.monotonic()
     config: RunConfig | None = None
     if launch.rank() == 0:
         (run_dir / RESULT_FILE).unlink(missing_ok=True)
@@ -110,12 +108,10 @@ def _attempt(
             _write_result(run_dir, result)
         return None, None
     except Exception as error:
-        return _failed(error, config, run_dir, events, time.monotonic() - started), error
+        return _failed(error, config, run_dir, events), error
 
 
-def _failed(
-    error: Exception, config: RunConfig | None, run_dir: Path, events: EventLog, seconds: float
-) -> Explanation:
+def _failed(error: Exception, config: RunConfig | None, run_dir: Path, events: EventLog) -> Explanation:
     explanation = explain(error, config).seen_from(run_dir)
     interrupted = isinstance(error, InterruptedRunError)
     logger.log(logging.INFO if interrupted else logging.ERROR, explanation.sentence, exc_info=error)
@@ -123,7 +119,6 @@ def _failed(
         "status": "interrupted" if interrupted else "failed",
         "error": explanation.sentence,
         "next_step": explanation.next_step,
-        "seconds": round(seconds, 3),
     }
     if config is not None:
         result["config"] = dataclasses.asdict(config)
@@ -131,6 +126,7 @@ def _failed(
         # A rank that only lost another leaves that one's own words.
         if not (isinstance(error, PeerLostError) and (run_dir / RESULT_FILE).exists()):
             events.log(explanation.sentence, "info" if interrupted else "error")
+            result["seconds"], result["phase_seconds"] = events.seconds(), events.phase_seconds()
             _write_result(run_dir, result)
     return explanation
 

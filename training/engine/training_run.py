@@ -140,8 +140,8 @@ def train(config: RunConfig, run_dir: Path, *, events: EventLog, interrupts: Int
         "status": status,
         "step": state.step,
         "total_steps": order.total_steps,
-        "seconds": events.seconds(state.seconds),
-        "phase_seconds": events.phase_seconds(state.phase_seconds),
+        "seconds": events.seconds(),
+        "phase_seconds": events.phase_seconds(),
         "num_tokens": state.num_tokens,
         "metrics": kept["metrics"],
         "last_metrics": state.last_training | state.last_evaluation,
@@ -351,6 +351,7 @@ def resume(loop: Loop, config: RunConfig, run_dir: Path, events: EventLog) -> No
     loaded = Loaded(**(found | {"path": Path(found["path"])}))
     restore(loaded, loop.policy.trainable, loop.optimizer)
     loop.state = RunState.from_json(loaded.state)
+    events.add_earlier(loop.state.seconds, loop.state.phase_seconds)
     events.log(f"Continued from the checkpoint of step {loaded.step}.")
     changed = sorted(key for key, value in loop.fingerprint.items() if loaded.fingerprint.get(key) != value)
     if changed:
