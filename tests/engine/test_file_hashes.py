@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,30 @@ def test_who_asks_while_it_is_read_waits_for_that(tmp_path: Path, monkeypatch: p
     assert found == [expected] and reads == [path]
 
 
+def test_two_that_ask_at_once_read_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reads = tmp_path / "weights", []
+    expected = written(path, b"many bytes")
+    together = threading.Barrier(8)
+    made = file_hashes._Hash.__init__
+
+    def making(self: Any, path: Path, size: int, mtime_ns: int) -> None:
+        time.sleep(0.05)  # long enough for all to look while the first is made
+        made(self, path, size, mtime_ns)
+
+    def ask() -> None:
+        together.wait(10)
+        assert known_sha256(path) == expected
+
+    monkeypatch.setattr(file_hashes._Hash, "__init__", making)
+    monkeypatch.setattr(file_hashes, "_sha256", lambda path: reads.append(path) or expected)
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert reads == [path]
+
+
 def test_a_run_begins_with_the_hash_of_its_base_before_torch_is_imported(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +105,7 @@ def test_a_run_begins_with_the_hash_of_its_base_before_torch_is_imported(
     monkeypatch.setattr(session, "begin_hashing", begins)
     monkeypatch.setattr(session, "_import_training", imports)
     monkeypatch.setattr(file_hashes, "_sha256", reads)
+    file_hashes._hash_of.cache_clear()  # of tests before this one
     assert run.train() == 0
     assert [entry for entry in order if not entry.startswith("reads")] == [
         "hashes", "model.safetensors", "imports",

@@ -30,12 +30,15 @@ class _Hash:
 
 
 _hash_of = functools.lru_cache(maxsize=256)(_Hash)
+_looking_up = threading.Lock()  # the cache alone would make two of one, where two ask at once
 
 
 def known_sha256(path: Path) -> str:
     """A run asks for the hash of its base more than once; gigabytes are read once."""
     facts = path.stat()
-    return _hash_of(path, facts.st_size, facts.st_mtime_ns).value()
+    with _looking_up:
+        known = _hash_of(path, facts.st_size, facts.st_mtime_ns)
+    return known.value()
 
 
 def begin_hashing(paths: Iterable[Path]) -> None:
