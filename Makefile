@@ -25,13 +25,13 @@ run: install
 	@exec $(PY) manage.py studio --with-parent
 
 test: install-dev chromium
-	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest -n 2 --dist loadfile
 
 bench: install-dev
 	@$(PY) -m bench
 
 test-fast: install-dev
-	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 # --- installing -----------------------------------------------------------------------------------
 install: $(STAMPS)/run-$(RUN_KEY)

@@ -14,18 +14,14 @@ from django.test import Client
 
 from tests.browser import browser, open_page, page  # noqa: F401 - fixtures
 
-# Minutes each: begun last, one of them would keep a single worker busy while the other has nothing left.
-LONG_FILES = frozenset(
-    ("test_whole_road.py", "test_smollm2_road.py", "test_studio_kills.py", "test_launch.py")
-)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The fast part first, so that a mistake is seen early; then what is slow; the browser last. Long files lead."""
+    """The fast part first, so that a mistake is seen early; then what is slow; the browser last."""
 
-    def order(item: pytest.Item) -> tuple[int, bool]:
-        part = 2 if item.get_closest_marker("e2e") else 1 if item.get_closest_marker("slow") else 0
-        return part, item.path.name not in LONG_FILES
+    def order(item: pytest.Item) -> int:
+        if item.get_closest_marker("e2e"):
+            return 2
+        return 1 if item.get_closest_marker("slow") else 0
 
     items.sort(key=order)
 
