@@ -6,6 +6,11 @@ from tests.engine.conftest import RunFolder
 from training.engine.interrupts import Interrupts
 
 
+def _has(run: RunFolder, step: int, split: str) -> bool:
+    """Another rank may ask before the first has begun to write."""
+    return (run.path / "events.jsonl").exists() and step in run.points(split)
+
+
 class LeaveAt(Interrupts):
     """SIGTERM as the loop sees it, after `step` steps; `split` "eval": when that step's evaluation is done."""
 
@@ -14,7 +19,7 @@ class LeaveAt(Interrupts):
         self._run, self._step, self._split = run, step, split
 
     def check(self) -> None:
-        self.terminated = self._step in self._run.points(self._split)
+        self.terminated = _has(self._run, self._step, self._split)
         super().check()
 
 
@@ -27,4 +32,4 @@ class StopAt(Interrupts):
 
     @property
     def stop_requested(self) -> bool:
-        return self._step in self._run.points("train")
+        return _has(self._run, self._step, "train")
