@@ -48,9 +48,7 @@ class ExitCode(enum.IntEnum):
     """How the engine ended. Anything else (a signal, 1) is a crash whose log is kept."""
 
     OK = 0  # result.json says succeeded or stopped
-    REFUSED = (
-        2  # the input cannot work; result.json says why (but for a finished run's, left alone); never retried
-    )
+    REFUSED = 2  # the input cannot work, never retried; result.json says why, a finished run's is left alone
     OUT_OF_MEMORY = 42
     DIVERGED = 43  # NaN or Inf three updates in a row
     DISK_FULL = 44

@@ -130,9 +130,8 @@ class DataReport:
     # for no other is helped by a longer one.
     lengths: list[int] = dataclasses.field(default_factory=list)  # of each, before max_length cut it
     left: int = 0  # of these, what max_length did not leave without an answer or drop whole
-    stumps: int = (
-        0  # of these, cut by it to fewer than STUMP_TOKENS of prompt or answer, or to the same answers
-    )
+    # Of these, cut by it to fewer than STUMP_TOKENS of prompt or answer, or to the same answers.
+    stumps: int = 0
 
     def too_long(self, max_length: int) -> int:
         """Pairs that max_length itself cuts or drops."""

@@ -279,17 +279,19 @@ def prepare_split(
     if not tokenized:
         raise RefusedError(
             f"No {words} {noun} is left of {report.read}. {sentences[-1]}",
-            "Correct the dataset"
-            + (
-                f"; where pairs were cut, raise max_length (max_context_length): {enough}"
-                if (enough := longer_length(config, report))
-                else ", or raise max_prompt_length or max_completion_length where they cut too much."
-                if config.max_prompt_length or config.max_completion_length
-                else "."
-            ),
+            f"Correct the dataset{_where_much_is_cut(config, report)}",
         )
     say_short_length(config, report, events, words, trains=path == Path(config.train_path))
     return tokenized, report.counts()
+
+
+def _where_much_is_cut(config: RunConfig, report: DataReport) -> str:
+    """How a next step goes on when no pair is left."""
+    if enough := longer_length(config, report):
+        return f"; where pairs were cut, raise max_length (max_context_length): {enough}"
+    if config.max_prompt_length or config.max_completion_length:
+        return ", or raise max_prompt_length or max_completion_length where they cut too much."
+    return "."
 
 
 def say_short_length(
